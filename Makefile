@@ -1,0 +1,56 @@
+PYTHON ?= python3
+VENV ?= .venv
+WORKERS ?= 2
+PYTEST = $(VENV)/bin/pytest
+NATIVE = CMakeLists.txt $(wildcard csrc/*)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint types quick slow format native
+
+help:
+	@echo "make demo     install raptax and let a small model write"
+	@echo "make test     all checks and the quick tests"
+	@echo "make slow     the slow tests: real models, long runs"
+	@echo "make lint     formatting, lint, floors and sizes"
+	@echo "make format   rewrite the code in the house format"
+	@echo "make native   rebuild the C++ kernels, warnings are errors"
+
+demo: $(VENV)/lm.stamp
+	$(VENV)/bin/raptax fetch smollm2
+	$(VENV)/bin/raptax generate "The capital of France is" --model smollm2 --max-tokens 64
+
+test: lint types quick
+
+lint: $(VENV)/dev.stamp
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/python tools/check_layers.py
+	$(VENV)/bin/python tools/check_size.py
+
+types: $(VENV)/dev.stamp
+	$(VENV)/bin/mypy
+
+quick: $(VENV)/dev.stamp
+	$(PYTEST) -n $(WORKERS)
+
+slow: $(VENV)/dev.stamp
+	$(PYTEST) -m slow
+
+format: $(VENV)/dev.stamp
+	$(VENV)/bin/ruff check --fix --exit-zero .
+	$(VENV)/bin/ruff format .
+
+native: $(VENV)/dev.stamp
+	RAPTAX_REQUIRE_NATIVE=1 RAPTAX_WERROR=ON $(VENV)/bin/pip install --no-deps -e .
+
+# Set up once, and again when what is installed or compiled changes.
+$(VENV)/lm.stamp: pyproject.toml $(NATIVE) | $(VENV)/bin/python
+	$(VENV)/bin/pip install --quiet -e '.[lm]'
+	touch $@
+
+$(VENV)/dev.stamp: pyproject.toml $(NATIVE) | $(VENV)/bin/python
+	$(VENV)/bin/pip install --quiet -e '.[dev]'
+	touch $@ $(VENV)/lm.stamp
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)

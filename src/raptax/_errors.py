@@ -1,0 +1,83 @@
+"""What can go wrong, said once: what came, what was wanted, the likely slip."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+
+
+class Unsupported(NotImplementedError):
+    """This kernel cannot do what is asked; another one may. Raised before any work."""
+
+
+def choices(names: Iterable[Any]) -> str:
+    """``'a', 'b', 'c'`` for the end of a sentence."""
+    return ", ".join(repr(name) for name in names)
+
+
+def check_groups(query_heads: int, kv_heads: int) -> None:
+    """Raises ValueError unless every kv head serves the same number of query heads."""
+    if kv_heads < 1 or query_heads % kv_heads:
+        raise ValueError(
+            f"query_heads={query_heads} must be a multiple of kv_heads={kv_heads}, so "
+            "that every kv head serves the same number of query heads."
+        )
+
+
+def check_qkv(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
+    """Raises ValueError unless q, k and v fit together as ``(B, H, T, D)`` arrays."""
+    for name, array in (("query", query), ("key", key), ("value", value)):
+        if array.ndim != 4:
+            raise ValueError(
+                f"{name} must be (batch, heads, length, head size); got {array.shape}."
+            )
+    if query.shape[-1] != key.shape[-1]:
+        raise ValueError(
+            f"query and key must share a head size; got {query.shape[-1]} and "
+            f"{key.shape[-1]}. Is one of them still (batch, length, heads, size)?"
+        )
+    if key.shape[:3] != value.shape[:3]:
+        raise ValueError(
+            "key and value must agree in batch, heads and length; got "
+            f"{key.shape} and {value.shape}."
+        )
+    if query.shape[0] != key.shape[0]:
+        raise ValueError(
+            "query and key must share a batch size; got "
+            f"{query.shape[0]} and {key.shape[0]}."
+        )
+    check_groups(query.shape[1], key.shape[1])
+    if not query.dtype == key.dtype == value.dtype:
+        raise ValueError(
+            "query, key and value must share a dtype; got "
+            f"{query.dtype}, {key.dtype} and {value.dtype}."
+        )
+
+
+def check_mask(mask: jax.Array | None, shape: tuple[int, int, int, int]) -> None:
+    """Raises ValueError unless ``mask`` is boolean and broadcasts to ``shape``."""
+    if mask is None:
+        return
+    if mask.dtype != bool:
+        raise ValueError(
+            f"mask must be boolean, True where a query may attend; got {mask.dtype}. "
+            "An additive bias is a score_mod."
+        )
+    fits = mask.ndim == 4 and all(
+        m in (1, s) for m, s in zip(mask.shape, shape, strict=True)
+    )
+    if not fits:
+        raise ValueError(
+            f"mask {mask.shape} must broadcast to (batch, heads, queries, keys) = "
+            f"{shape}, one axis each."
+        )
+
+
+def check_dropout(rng: Any, rate: float, deterministic: bool) -> None:
+    """Raises ValueError unless dropout can be applied as asked."""
+    if not 0 <= rate < 1:
+        raise ValueError(f"dropout_rate={rate} must lie in [0, 1).")
+    if rate and not deterministic and rng is None:
+        raise ValueError(
+            f"dropout_rate={rate} with deterministic=False needs a dropout_rng."
+        )

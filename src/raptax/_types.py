@@ -1,0 +1,145 @@
+"""The words this library is written in: shape letters, layouts, three callables.
+
+Every annotation and every shape comment uses the same letters.
+
+    B  sequences in a batch         T  query length
+    H  query heads                  S  key length
+    K  key/value heads (H % K == 0) D  head size of q and k
+    N  pages in the pool            E  head size of v
+    P  tokens per page              M  pages per sequence
+    F  rotary frequencies           C  width of a layer's input and output
+    L  layers                       R  rows: tokens of all sequences, one after another
+
+Arrays are head-major, ``(B, H, T, D)``. A kernel that needs another layout transposes
+at its own door, so no caller ever does. Ragged batches are rows ``(R, ...)`` with
+``row_offsets (B + 1)``: sequence ``b`` owns rows ``row_offsets[b]`` to
+``row_offsets[b + 1] - 1``, and rows from ``row_offsets[B]`` on are padding.
+
+Positions are absolute. Query ``t`` stands at ``query_start + t``, and ``query_start``
+is ``S - T`` unless given: the last query sees the last key. Masks and score changes are
+rules on these positions, so they mean the same in training, prefill and decode.
+"""
+
+from typing import Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt32
+
+Indices = tuple[
+    Int[Array, "B 1 1 1"],
+    Int[Array, "1 H 1 1"],
+    Int[Array, "#B 1 T 1"],
+    Int[Array, "1 1 1 S"],
+]
+"""``(b_idx, h_idx, q_idx, kv_idx)`` as arrays that broadcast to ``(B, H, T, S)``."""
+
+DropoutKey = PRNGKeyArray | UInt32[Array, "2"]
+"""A key from ``jax.random.key``, or the older pair of words from ``PRNGKey``."""
+
+
+@runtime_checkable
+class ScoreMod(Protocol):
+    """Changes scores before the softmax, knowing where they stand.
+
+    Args:
+        scores: ``scale * q @ k.T``, ``(B, H, T, S)`` or a tile of it.
+        b_idx: Sequence indices, ``(B, 1, 1, 1)``.
+        h_idx: Query head indices, ``(1, H, 1, 1)``.
+        q_idx: Absolute query positions, ``(1, 1, T, 1)``, or ``(B, 1, T, 1)`` when
+            each sequence starts elsewhere.
+        kv_idx: Key positions, ``(1, 1, 1, S)``.
+
+    Returns:
+        The changed scores, of the same shape.
+    """
+
+    def __call__(
+        self,
+        scores: jax.Array,
+        b_idx: jax.Array,
+        h_idx: jax.Array,
+        q_idx: jax.Array,
+        kv_idx: jax.Array,
+    ) -> jax.Array: ...
+
+
+@runtime_checkable
+class MaskMod(Protocol):
+    """Says which query may attend to which key; True means "may attend".
+
+    Takes the position indices of `ScoreMod` and returns booleans that broadcast to
+    ``(B, H, T, S)``.
+    """
+
+    def __call__(
+        self,
+        b_idx: jax.Array,
+        h_idx: jax.Array,
+        q_idx: jax.Array,
+        kv_idx: jax.Array,
+    ) -> jax.Array: ...
+
+
+@runtime_checkable
+class AttentionFn(Protocol):
+    """A kernel: projected q, k, v in, attended values out, no parameters.
+
+    Computes ``softmax(score_mod(scale * q @ k.T)) @ v`` over the keys that both
+    ``mask`` and ``mask_mod`` allow. Query head ``h`` reads kv head ``h // (H // K)``.
+    A query that may see no key returns zeros, never NaN, and its gradients are zero.
+    A NaN or Inf in a key or value that a query may not see never reaches its output; a
+    visible value that is not finite makes the whole row NaN.
+
+    Args:
+        query: Accumulation is float32, or wider if this dtype is.
+        mask: True means "may attend". Combined with ``mask_mod`` by "and".
+        mask_mod: A rule on positions; see `MaskMod`.
+        score_mod: A change of the scaled scores; see `ScoreMod`.
+        scale: Defaults to ``D ** -0.5``.
+        query_start: Absolute position of the first query. Defaults to ``S - T``.
+        dropout_rng: Key for dropout on the attention weights.
+        dropout_rate: Probability that a weight is dropped, in ``[0, 1)``.
+        deterministic: True turns dropout off.
+
+    Returns:
+        The query's dtype and the value's head size.
+
+    Raises:
+        Unsupported: This kernel cannot do what is asked. Raised before any work, and
+            only for that; a bug inside a mod surfaces as itself.
+    """
+
+    def __call__(
+        self,
+        query: Float[Array, "B H T D"],
+        key: Float[Array, "B K S D"],
+        value: Float[Array, "B K S E"],
+        *,
+        mask: Bool[Array, "#B #H #T #S"] | None = None,
+        mask_mod: MaskMod | None = None,
+        score_mod: ScoreMod | None = None,
+        scale: float | Float[Array, ""] | None = None,
+        query_start: int | Int[Array, ""] | Int[Array, "B"] | None = None,
+        dropout_rng: DropoutKey | None = None,
+        dropout_rate: float = 0.0,
+        deterministic: bool = True,
+    ) -> Float[Array, "B H T E"]: ...
+
+
+def position_indices(
+    batch: int, heads: int, q_idx: Int[Array, "#B T"], kv_idx: Int[Array, " S"]
+) -> Indices:
+    """Index arrays for mods, each along its own axis of ``(B, H, T, S)``."""
+    b_idx = jnp.arange(batch, dtype=jnp.int32)[:, None, None, None]
+    h_idx = jnp.arange(heads, dtype=jnp.int32)[None, :, None, None]
+    return b_idx, h_idx, q_idx[:, None, :, None], kv_idx[None, None, None, :]
+
+
+def query_positions(
+    query_start: int | Int[Array, ""] | Int[Array, " B"] | None, length: int, keys: int
+) -> Int[Array, "#B {length}"]:
+    """Absolute positions of ``length`` queries; see the module's last paragraph."""
+    start = keys - length if query_start is None else query_start
+    start = jnp.asarray(start, jnp.int32).reshape(-1, 1)
+    return start + jnp.arange(length, dtype=jnp.int32)[None]

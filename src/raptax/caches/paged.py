@@ -1,0 +1,215 @@
+"""A key/value cache in fixed-size pages, so that memory follows the tokens held.
+
+Two halves, because they live in two worlds:
+
+* `PagedKVCache` is arrays. It is written and read inside ``jit``.
+* `PageAllocator` is bookkeeping on the host. It decides which page is whose, between
+  steps, and never touches a token.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from .._pytree import pytree
+from .._types import MaskMod, ScoreMod
+from ..kernels import paged
+from ..mods import Causal
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KVCacheParams:
+    """The sizes of a cache, checked once.
+
+    Attributes:
+        dtype: What keys and values are stored as.
+        n_kv_heads: Key/value heads, K.
+        head_dim: Head size of keys, D.
+        num_layers: Layers that share the page table, L.
+        page_size: Tokens per page, P.
+        value_head_dim: Head size of values, E; that of the keys unless given.
+    """
+
+    dtype: jnp.dtype
+    n_kv_heads: int
+    head_dim: int
+    num_layers: int = 1
+    page_size: int = 128
+    value_head_dim: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("n_kv_heads", "head_dim", "num_layers", "page_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        if not jnp.issubdtype(self.dtype, jnp.floating):
+            raise ValueError(f"dtype={self.dtype} must be a float type.")
+
+    @property
+    def bytes_per_page(self) -> int:
+        """Bytes of one page, keys and values of all layers."""
+        lanes = self.head_dim + (self.value_head_dim or self.head_dim)
+        tokens = self.num_layers * self.n_kv_heads * self.page_size
+        return tokens * lanes * jnp.dtype(self.dtype).itemsize
+
+
+@pytree
+class PagedKVCache:
+    """Keys and values of a batch of sequences, in pages.
+
+    Attributes:
+        k_pages: Keys of all layers.
+        v_pages: Values of all layers.
+        table: Page ids by sequence; entries past a sequence's pages are never read.
+        lengths: Tokens held by each sequence.
+    """
+
+    k_pages: Float[Array, "L N K P D"]
+    v_pages: Float[Array, "L N K P E"]
+    table: Int[Array, "B M"]
+    lengths: Int[Array, " B"]
+
+    @classmethod
+    def create(
+        cls, params: KVCacheParams, *, pages: int, sequences: int, max_pages: int
+    ) -> "PagedKVCache":
+        """An empty cache: ``pages`` in the pool, up to ``max_pages`` a sequence."""
+        shape = (params.num_layers, pages, params.n_kv_heads, params.page_size)
+        return cls(
+            jnp.zeros((*shape, params.head_dim), params.dtype),
+            jnp.zeros((*shape, params.value_head_dim or params.head_dim), params.dtype),
+            jnp.zeros((sequences, max_pages), jnp.int32),
+            jnp.zeros(sequences, jnp.int32),
+        )
+
+    @property
+    def page_size(self) -> int:
+        return self.k_pages.shape[3]
+
+    def append_and_attend(
+        self,
+        query: Float[Array, "R H D"],
+        key: Float[Array, "R K D"],
+        value: Float[Array, "R K E"],
+        *,
+        row_offsets: Int[Array, " B+1"],
+        layer: int | Int[Array, ""] = 0,
+        mask_mod: MaskMod | None = Causal(),
+        score_mod: ScoreMod | None = None,
+        scale: float | Float[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "R H E"], "PagedKVCache"]:
+        """Writes one layer's new keys and values, then attends; see `kernels.paged`.
+
+        ``lengths`` stay as they were, so that every layer of a model writes to the same
+        places: call `advance` when the last one is done.
+        """
+        out, k_pages, v_pages = paged.append_and_attend(
+            query,
+            key,
+            value,
+            self.k_pages,
+            self.v_pages,
+            table=self.table,
+            lengths=self.lengths,
+            row_offsets=row_offsets,
+            layer=layer,
+            mask_mod=mask_mod,
+            score_mod=score_mod,
+            scale=scale,
+        )
+        return out, dataclasses.replace(self, k_pages=k_pages, v_pages=v_pages)
+
+    def positions(
+        self, rows: int, row_offsets: Int[Array, " B+1"]
+    ) -> Int[Array, " {rows}"]:
+        """The absolute position of each new row."""
+        return paged.places(rows, self.lengths, row_offsets)[1]
+
+    def advance(self, row_offsets: Int[Array, " B+1"]) -> "PagedKVCache":
+        """Counts the rows that all layers have written."""
+        new = row_offsets[1:] - row_offsets[:-1]
+        return dataclasses.replace(self, lengths=self.lengths + new)
+
+    def with_tables(
+        self, tables: Sequence[Sequence[int]], lengths: Sequence[int]
+    ) -> "PagedKVCache":
+        """Says which pages each sequence holds and how many tokens lie in them.
+
+        Raises ValueError for a page id outside the pool, a page held twice, or lengths
+        that need more pages than are held.
+        """
+        sequences, max_pages = self.table.shape
+        if not len(tables) == len(lengths) == sequences:
+            raise ValueError(
+                f"the cache holds {sequences} sequences; got {len(tables)} tables and "
+                f"{len(lengths)} lengths."
+            )
+        table = np.zeros((sequences, max_pages), np.int32)
+        held = [page for pages in tables for page in pages]
+        if any(not 0 <= page < self.k_pages.shape[1] for page in held):
+            raise ValueError(
+                f"page ids must lie in [0, {self.k_pages.shape[1]}); got {sorted(held)}."
+            )
+        for row, pages, length in zip(table, tables, lengths, strict=True):
+            if len(pages) > max_pages:
+                raise ValueError(
+                    f"{len(pages)} pages exceed max_pages={max_pages} per sequence."
+                )
+            if len(set(pages)) < len(pages):
+                raise ValueError(f"a sequence holds a page twice: {list(pages)}.")
+            if length > len(pages) * self.page_size:
+                raise ValueError(
+                    f"{length} tokens do not fit {len(pages)} pages of "
+                    f"{self.page_size}."
+                )
+            row[: len(pages)] = pages
+        return dataclasses.replace(
+            self, table=jnp.asarray(table), lengths=jnp.asarray(lengths, jnp.int32)
+        )
+
+
+class PageAllocator:
+    """Hands out the pages of a pool and takes them back. Host side, not traced."""
+
+    def __init__(self, pages: int, page_size: int):
+        if pages < 1 or page_size < 1:
+            raise ValueError(
+                f"pages={pages} and page_size={page_size} must be at least 1."
+            )
+        self.page_size = page_size
+        self._free = list(range(pages))[::-1]
+        self._used: set[int] = set()
+
+    @property
+    def free(self) -> int:
+        """Pages that nobody holds."""
+        return len(self._free)
+
+    def grow(self, held: list[int], tokens: int) -> None:
+        """Extends ``held`` in place until it has room for ``tokens`` tokens.
+
+        Raises MemoryError when the pool has too few pages; nothing is taken then.
+        """
+        short = -(-tokens // self.page_size) - len(held)
+        if short > len(self._free):
+            raise MemoryError(
+                f"the sequence needs {short} more pages but only {len(self._free)} are "
+                "free; evict a sequence or build the cache with more pages."
+            )
+        for _ in range(short):
+            page = self._free.pop()
+            self._used.add(page)
+            held.append(page)
+
+    def release(self, held: list[int]) -> None:
+        """Takes back all of ``held`` and empties it.
+
+        Raises ValueError for pages that are not handed out; nothing is released then.
+        """
+        if len(set(held)) < len(held) or not self._used.issuperset(held):
+            raise ValueError(f"pages {held} are not all handed out: released twice?")
+        self._used.difference_update(held)
+        self._free.extend(held)
+        held.clear()

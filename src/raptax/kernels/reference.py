@@ -1,0 +1,74 @@
+"""The definition of attention, written to be believed rather than to be fast."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from .._errors import check_mask, check_qkv
+from .._types import (
+    DropoutKey,
+    MaskMod,
+    ScoreMod,
+    position_indices,
+    query_positions,
+)
+from .dropout import Dropout
+from .softmax import accumulator, finite, poison
+
+
+def reference_attention(
+    query: Float[Array, "B H T D"],
+    key: Float[Array, "B K S D"],
+    value: Float[Array, "B K S E"],
+    *,
+    mask: Bool[Array, "#B #H #T #S"] | None = None,
+    mask_mod: MaskMod | None = None,
+    score_mod: ScoreMod | None = None,
+    scale: float | Float[Array, ""] | None = None,
+    query_start: int | Int[Array, ""] | Int[Array, " B"] | None = None,
+    dropout_rng: DropoutKey | None = None,
+    dropout_rate: float = 0.0,
+    deterministic: bool = True,
+) -> Float[Array, "B H T E"]:
+    """See `AttentionFn`. Every other kernel is tested against this one.
+
+    Stores all B * H * T * S scores.
+    """
+    check_qkv(query, key, value)
+    B, H, T, D = query.shape
+    _, K, S, E = value.shape
+    check_mask(mask, (B, H, T, S))
+    dropout = Dropout.create(dropout_rng, dropout_rate, deterministic)
+    dtype = accumulator(query.dtype)
+    scale = jnp.asarray(D**-0.5 if scale is None else scale, dtype)
+
+    # Head-major scores (B, K, G, T, S), where head h = k * G + g; see softmax.py for
+    # why products run on finite numbers and NaN is carried apart.
+    grouped = finite(query).reshape(B, K, H // K, T, D).astype(dtype)
+    scores = jnp.einsum("bkgtd,bksd->bkgts", grouped, finite(key).astype(dtype))
+    seen = poison(key, dtype) + poison(value, dtype)
+    scores = scores * scale + seen[:, :, None, None]
+    scores = scores.reshape(B, H, T, S) + poison(query, dtype)[..., None]
+
+    kv_idx = jnp.arange(S, dtype=jnp.int32)
+    indices = position_indices(B, H, query_positions(query_start, T, S), kv_idx)
+    if score_mod is not None:
+        scores = score_mod(scores, *indices)
+    allowed = jnp.ones((B, H, T, S), bool)
+    if mask is not None:
+        allowed &= mask
+    if mask_mod is not None:
+        allowed &= mask_mod(*indices)
+
+    scores = jnp.where(allowed, scores, -jnp.inf)
+    high = jax.lax.stop_gradient(scores.max(-1, keepdims=True, initial=-jnp.inf))
+    # A finite stand-in, so that a row with no allowed key does not become inf - inf.
+    weights = jnp.exp(scores - jnp.where(jnp.isneginf(high), 0, high))
+    total = weights.sum(-1, keepdims=True)
+    weights = weights / jnp.where(total == 0, 1, total)
+    if dropout is not None:
+        weights = dropout(weights, indices)
+
+    weights = weights.reshape(B, K, H // K, T, S)
+    out = jnp.einsum("bkgts,bkse->bkgte", weights, finite(value).astype(dtype))
+    return out.reshape(B, H, T, E).astype(query.dtype)

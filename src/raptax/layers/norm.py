@@ -1,0 +1,32 @@
+"""Normalisation."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from .linear import along_last
+
+
+class RMSNorm(nnx.Module):
+    """``x / sqrt(mean(x ** 2) + eps) * weight`` over the last axis, in float32.
+
+    Zhang & Sennrich 2019, arXiv:1910.07467. The result has the dtype of ``x``.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        *,
+        eps: float = 1e-6,
+        dtype: jnp.dtype = jnp.float32,
+        weight: Float[Array, " size"] | None = None,
+    ):
+        self.weight = nnx.Param(jnp.ones(size, dtype) if weight is None else weight)
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*rows size"]) -> Float[Array, "*rows size"]:
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        square = jnp.mean(wide * wide, axis=-1, keepdims=True)
+        wide = wide * jax.lax.rsqrt(square + self.eps)
+        return (wide * along_last(self.weight[...], wide)).astype(x.dtype)

@@ -1,0 +1,8 @@
+"""Real models: a decoder, its tokenizer, and the files both come from."""
+
+from .decoder import Decoder as Decoder
+from .decoder import DecoderConfig as DecoderConfig
+from .fetch import MODELS as MODELS
+from .fetch import fetch as fetch
+from .language_model import LanguageModel as LanguageModel
+from .language_model import load as load

@@ -1,0 +1,63 @@
+"""A decoder with its tokenizer, and the one call that loads both."""
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Callable
+
+from .decoder import Decoder
+from .fetch import MODELS, fetch
+from .gguf_file import GGUFFile
+from .llama import Weights, decoder_from_gguf
+from .tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModel:
+    """What it takes to turn text into text."""
+
+    name: str
+    decoder: Decoder
+    tokenizer: Tokenizer
+
+
+def load(
+    model: str | os.PathLike[str],
+    *,
+    weights: Weights = "codes",
+    progress: Callable[[int, int], None] | None = None,
+) -> LanguageModel:
+    """Loads a published model by name, or a GGUF file by path.
+
+    Args:
+        model: A name in `raptax.models.MODELS`, fetched once into the user's cache, or
+            the path of a GGUF file.
+        weights: How weights lie in memory; see `Weights`.
+        progress: Called with (bytes read, bytes in all) as tensors are read.
+
+    Raises:
+        ValueError: The file is damaged or holds what raptax does not run.
+        OSError: There is no such file, or the model cannot be fetched.
+    """
+    name = os.fspath(model)
+    file = GGUFFile(fetch(name) if name in MODELS else _existing(name))
+    total, done = sum(t.raw.nbytes for t in file.tensors.values()), 0
+
+    def report(size: int) -> None:
+        nonlocal done
+        done += size
+        if progress is not None:
+            progress(done, total)
+
+    decoder = decoder_from_gguf(file, weights, report)
+    title = file.fields.get("general.name", pathlib.Path(name).stem)
+    return LanguageModel(title, decoder, Tokenizer.from_gguf(file.fields))
+
+
+def _existing(path: str) -> str:
+    if not os.path.exists(path):
+        names = ", ".join(MODELS)
+        raise FileNotFoundError(
+            f"model={path!r} is neither a file nor one of the published models: {names}."
+        )
+    return path

@@ -1,0 +1,517 @@
+"""Text <-> token ids, built from a GGUF file's metadata alone.
+
+Three words. A *token* is one entry of the vocabulary, an *id* is its place there, and a
+*piece* is the bytes a token stands for. Bytes, not text: both kinds of vocabulary may
+spread one character over several tokens.
+
+The metadata keys are those of the GGUF specification (github.com/ggml-org/ggml,
+docs/gguf.md). Where that is silent, llama.cpp's reading of a file decides, because
+files are made to agree with it: the split patterns behind a name, the merge order behind
+scores, what is cut out of a text first, which tokens end a turn. The merging itself is
+done by the `tokenizers` library.
+"""
+
+import codecs
+import dataclasses
+import datetime
+import enum
+import functools
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.sandbox
+import tokenizers
+from tokenizers import models, pre_tokenizers
+
+from .._errors import choices
+
+
+class Kind(enum.IntEnum):
+    """What a token is for: ``tokenizer.ggml.token_type``."""
+
+    NORMAL = 1
+    UNKNOWN = 2
+    CONTROL = 3  # found in a text only where the caller trusts it
+    USER_DEFINED = 4  # found in any text
+    UNUSED = 5
+    BYTE = 6  # "<0x0A>": one byte of a character the vocabulary lacks
+
+
+_CONTROL = (Kind.CONTROL, Kind.UNKNOWN)
+_WHOLE = (*_CONTROL, Kind.USER_DEFINED)  # cut out of a text before anything is merged
+
+
+def _words(letters: str, digits: str, symbols: str) -> str:
+    """What the patterns since GPT-4 have in common; spaces come last, as the rest."""
+    return rf"{letters}|{digits}| ?{symbols}|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+# `(?i:'s)` would also take the long s, U+017F.
+_SUFFIX = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
+_LETTERS = _SUFFIX + r"|[^\r\n\p{L}\p{N}]?\p{L}+"
+_MARKED = _SUFFIX + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+"
+_SYMBOLS = r"[^\s\p{L}\p{N}]+[\r\n]*"
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_LLAMA3 = _words(_LETTERS, r"\p{N}{1,3}", _SYMBOLS)
+_DEEPSEEK3 = (
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+"""
+    r"|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+# How a byte-level vocabulary cuts a text into words; merges stay inside a word. Each
+# pattern cuts what the ones before it left whole. `tokenizer.ggml.pre` is a name here.
+# A letter is what it is in the Unicode version `tokenizers` was built with; llama.cpp's
+# is older, so ids may differ around characters added since Unicode 16.
+_LLAMA3_NAMES = "llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2"
+_PATTERNS = {
+    "gpt-2 phi-2 mpt olmo jais gigachat exaone4 trillion": (_GPT2,),
+    "smollm starcoder refact command-r codeshell exaone minerva-7b": (r"\p{N}", _GPT2),
+    _LLAMA3_NAMES: (_LLAMA3,),
+    "dbrx smaug-bpe chatglm-bpe": (_LLAMA3,),
+    "qwen2 deepseek-r1-qwen stablelm2 hunyuan solar-open megrez grok-2": (
+        _words(_LETTERS, r"\p{N}", _SYMBOLS),
+    ),
+    "qwen35": (_words(_MARKED, r"\p{N}", r"[^\s\p{L}\p{M}\p{N}]+[\r\n]*"),),
+    "seed-coder": (_words(_LETTERS, r"\p{N}", r"[^\s\p{L}\p{N}\r\n]+"),),
+    "deepseek-v3 hunyuan-dense joyai-llm": (
+        r"\p{N}{1,3}",
+        "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
+        _DEEPSEEK3,
+    ),
+    "falcon": (r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, "[0-9][0-9][0-9]"),
+    "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]"),
+}
+SPLITS = {name: split for names, split in _PATTERNS.items() for name in names.split()}
+
+# These take a word that is itself a token, even where no merges lead to it, and put the
+# beginning-of-text token first unless the metadata says otherwise.
+_TAKE_WORDS = frozenset(_LLAMA3_NAMES.split())
+
+# Tokens that end a turn whatever the metadata says: it names one of them at most, and
+# chat models end with another. The last two lines end a fill-in-the-middle.
+_STOPS = """
+    <|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <|flush|> <|calls|>
+    <end_of_turn> <|endoftext|> <|eom_id|> <EOT> _<EOT> [EOT] [EOS] <|end_of_text|>
+    <end_of_utterance> <eos> <turn|> <|tool_response> <｜end▁of▁sentence｜> [e~[ </s>
+    <|fim_pad|> <fim-pad> <fim_pad> <|fim_repo|> <|repo_name|> <fim-repo> <REPO>
+    <reponame> <|file_sep|>
+"""
+_STOP_KEYS = ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep")
+
+# What other readers do with these changes ids, and this one does not do it.
+_UNSUPPORTED = ("add_sep_token", "remove_extra_whitespaces", "precompiled_charsmap")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Model:
+    """What differs between the kinds of vocabulary."""
+
+    merge: tokenizers.Tokenizer
+    piece: Callable[[str], bytes]  # of a normal token
+    escape: Callable[[str], str] = lambda text: text
+    prefix: str = ""  # put before a text, and after every token found in it
+    add_bos: bool = False
+    special: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+
+class Tokenizer:
+    """Turns text into ids and back.
+
+    Attributes:
+        vocab_size: How many tokens there are.
+        bos_id, eos_id: The tokens that open and close a text, or None.
+        stop_ids: Every token after which a model has no more to say: the end of text,
+            of a turn, of a message; named by the metadata or known by their spelling.
+    """
+
+    def __init__(
+        self,
+        *,
+        tokens: Sequence[str],
+        kinds: Sequence[int],
+        model: _Model,
+        fields: Mapping[str, Any],
+    ):
+        def of(name):
+            key = f"tokenizer.ggml.{name}_token_id"
+            if (id := fields.get(key, model.special.get(name))) is not None:
+                _check_id(id, len(tokens), key)
+            return id
+
+        self._tokens, self._kinds, self._model = tokens, kinds, model
+        self.vocab_size = len(tokens)
+        self.bos_id: int | None = of("bos")
+        self.eos_id: int | None = of("eos")
+        self.stop_ids = _stop_ids(tokens, kinds, map(of, _STOP_KEYS))
+        self._add_bos = bool(fields.get("tokenizer.ggml.add_bos_token", model.add_bos))
+        self._add_eos = bool(fields.get("tokenizer.ggml.add_eos_token", False))
+        self._template: str | None = fields.get("tokenizer.chat_template")
+        named = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+        self._names = {
+            f"{short}_token": tokens[id]
+            for short, name in named.items()
+            if (id := of(name)) is not None
+        }
+        self._found = [  # llama.cpp looks for the longest first, wherever they are
+            (token, id, kind in _CONTROL)
+            for id, (token, kind) in enumerate(zip(tokens, kinds, strict=True))
+            if kind in _WHOLE
+        ]
+        self._found.sort(key=lambda found: -len(found[0].encode()))
+
+    @classmethod
+    def from_gguf(cls, fields: Mapping[str, Any]) -> "Tokenizer":
+        """Reads the ``tokenizer.*`` keys of a GGUF file.
+
+        Args:
+            fields: Every key of the file's metadata, as plain Python values.
+
+        Raises:
+            ValueError: The tokenizer model or its pre-tokenizer is not one of those
+                known here, a key is missing, or one asks for what is not done here.
+        """
+        for name in _UNSUPPORTED:
+            if fields.get(f"tokenizer.ggml.{name}"):
+                raise ValueError(
+                    f"tokenizer.ggml.{name} is set, which changes ids in a way that "
+                    "is not supported."
+                )
+        name = _required(fields, "model")
+        if name not in _MODELS:
+            raise ValueError(
+                f"tokenizer.ggml.model={name!r} is not one of {choices(_MODELS)}."
+            )
+        # An empty entry could match anywhere; give it the name llama.cpp gives it.
+        named = enumerate(_required(fields, "tokens"))
+        tokens = [token or f"[EMPTY_{id}]" for id, token in named]
+        vocab = {token: id for id, token in enumerate(tokens)}
+        if len(vocab) != len(tokens):
+            twice = next(t for id, t in enumerate(tokens) if vocab[t] != id)
+            raise ValueError(f"tokenizer.ggml.tokens has {twice!r} twice.")
+        kinds = _per_token(fields, "token_type", vocab)
+        model = _MODELS[name](fields, vocab)
+        return cls(tokens=tokens, kinds=kinds, model=model, fields=fields)
+
+    def encode(
+        self,
+        text: str,
+        *,
+        add_bos: bool | None = None,
+        add_eos: bool | None = None,
+        special: bool = True,
+    ) -> list[int]:
+        """The ids of a text.
+
+        A byte that neither the vocabulary nor its byte tokens can spell is left out:
+        SmolLM2 has no token for some control characters, for example.
+
+        Args:
+            text: Any text. A text that `chat` made usually opens with the token that
+                ``add_bos`` adds; pass ``add_bos=False`` then.
+            add_bos, add_eos: Whether to put `bos_id` first and `eos_id` last. None
+                means what the metadata says.
+            special: Whether the spelling of a control token means that token. Pass
+                False for text that is not to be trusted. User-defined tokens are found
+                either way.
+
+        Raises:
+            ValueError: The text has a lone surrogate (as `UnicodeEncodeError`), or an
+                id is asked for that the metadata does not name.
+        """
+        text.encode()  # says where a lone surrogate is; the library only says "not str"
+        ids = self._bracket("bos", self.bos_id, self._add_bos, add_bos)
+        for part in self._cut(text, special):
+            if isinstance(part, int):
+                ids.append(part)
+                continue
+            words = self._model.escape(self._model.prefix + part)
+            merged = self._model.merge.encode(words, add_special_tokens=False).ids
+            ids += (id for id in merged if id < self.vocab_size)
+        return ids + self._bracket("eos", self.eos_id, self._add_eos, add_eos)
+
+    def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
+        """The text of some ids; bytes that are not UTF-8 become U+FFFD.
+
+        Gives back what `encode` was given, except that a SentencePiece vocabulary
+        writes a space as U+2581, so that character comes back as a space.
+
+        Args:
+            ids: Tokens, from the start of a text.
+            skip_special: Leave out control and unknown tokens.
+        """
+        stream = self.stream(skip_special=skip_special)
+        return "".join(map(stream.push, ids)) + stream.finish()
+
+    def stream(
+        self, prompt: Iterable[int] = (), *, skip_special: bool = False
+    ) -> "Stream":
+        """Decodes ids one at a time, as a model produces them after ``prompt``."""
+        stream = Stream(self, skip_special)
+        for id in prompt:
+            stream.push(id)
+        return stream
+
+    def piece(self, id: int) -> bytes:
+        """The bytes a token stands for; none for a token the model does not use."""
+        _check_id(id, self.vocab_size)
+        token, kind = self._tokens[id], self._kinds[id]
+        if kind == Kind.NORMAL:
+            return self._model.piece(token)
+        if kind == Kind.BYTE:
+            return bytes([int(token[3:5], 16)])  # <0x0A>
+        return token.encode() if kind in _WHOLE else b""
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        *,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Writes a conversation the way the model was trained to read it.
+
+        Args:
+            messages: Mostly ``{"role": "user", "content": "..."}``; the model's
+                template decides what is allowed.
+            add_generation_prompt: End with the opening of the model's own turn.
+            variables: Other names the template knows, ``tools`` for example.
+
+        Raises:
+            ValueError: The file has no template, or the template refuses.
+        """
+        if self._template is None:
+            raise ValueError(
+                "this model has no chat template (tokenizer.chat_template); "
+                "give it plain text, or use its instruction-tuned version."
+            )
+        names = {"tools": None, "documents": None, **self._names, **(variables or {})}
+        try:
+            template = _templates().from_string(self._template)
+            return template.render(
+                names, messages=messages, add_generation_prompt=add_generation_prompt
+            )
+        # A template adds strings; TypeError is what it says to content=None.
+        except (jinja2.TemplateError, TypeError) as error:
+            raise ValueError(
+                f"the model's chat template does not take these messages: {error}"
+            ) from error
+
+    def _bracket(self, name, id, default, asked):
+        if not (default if asked is None else asked):
+            return []
+        if id is None:
+            raise ValueError(
+                f"add_{name} needs tokenizer.ggml.{name}_token_id, and the metadata "
+                f"has none; pass add_{name}=False."
+            )
+        return [id]
+
+    def _cut(self, text: str, special: bool) -> list[str | int]:
+        parts: list[str | int] = [text] if text else []
+        for token, id, control in self._found:
+            if (special or not control) and token in text:
+                parts = [new for part in parts for new in _cut_one(part, token, id)]
+        return parts
+
+
+class Stream:
+    """Decodes ids one at a time; never gives out part of a character.
+
+    What `push` and `finish` return joins to what `Tokenizer.decode` returns.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool):
+        self._tokenizer = tokenizer
+        self._skip = _CONTROL if skip_special else ()
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._prefix = tokenizer._model.prefix.encode()  # still to be taken off
+
+    def push(self, id: int) -> str:
+        """The text that became certain with this token; often one word, maybe none."""
+        piece, kind = self._tokenizer.piece(id), self._tokenizer._kinds[id]
+        if kind in _WHOLE:
+            self._prefix = self._tokenizer._model.prefix.encode()
+        else:
+            piece, self._prefix = piece.removeprefix(self._prefix), b""
+        return self._utf8.decode(b"" if kind in self._skip else piece)
+
+    def finish(self) -> str:
+        """U+FFFD if the last character was not finished, else nothing."""
+        return self._utf8.decode(b"", final=True)
+
+
+def _required(fields, name):
+    key = f"tokenizer.ggml.{name}"
+    if key not in fields:
+        raise ValueError(f"{key} is missing from the metadata.")
+    return fields[key]
+
+
+def _per_token(fields, name, vocab):
+    values = _required(fields, name)
+    if len(values) != len(vocab):
+        raise ValueError(
+            f"tokenizer.ggml.{name} has {len(values)} entries for {len(vocab)} tokens."
+        )
+    return values
+
+
+def _check_id(id, size, name="id"):
+    if not 0 <= id < size:
+        raise ValueError(f"{name}={id} is not in the vocabulary of {size} tokens.")
+
+
+def _cut_one(part, token, id):
+    if isinstance(part, int) or token not in part:
+        return [part]
+    between = [[text, id] if text else [id] for text in part.split(token)]
+    return [new for group in between for new in group][:-1]
+
+
+def _stop_ids(tokens, kinds, named: Iterable[int | None]) -> frozenset[int]:
+    known = frozenset(_STOPS.split())
+    stops = {token: id for id, token in enumerate(tokens) if token in known}
+    # Where it is no control token, </s> closes struck-through text (Gemma 3). llama.cpp
+    # takes it for an end there too, and for a control token in `special=False` text.
+    if "</s>" in stops and kinds[stops["</s>"]] != Kind.CONTROL:
+        del stops["</s>"]
+    # With these two present, <|end|> ends a message but not the turn (gpt-oss, Solar).
+    if {"<|return|>", "<|call|>"} <= stops.keys() or (
+        {"<|flush|>", "<|calls|>"} <= stops.keys()
+    ):
+        stops.pop("<|end|>", None)
+    return frozenset(stops.values()) | {id for id in named if id is not None}
+
+
+# Byte-level vocabularies
+
+
+@functools.cache
+def _byte_of() -> dict[str, int]:
+    """The printable stand-ins for bytes that GPT-2 introduced, and what they mean.
+
+    Bytes that print stand for themselves; the others follow from U+0100 on.
+    Radford et al. 2019, https://github.com/openai/gpt-2, encoder.py.
+    """
+    prints = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in prints]
+    return {chr(b): b for b in prints} | {chr(256 + n): b for n, b in enumerate(others)}
+
+
+def _byte_level_piece(token: str) -> bytes:
+    table = _byte_of()
+    return b"".join(bytes([table[c]]) if c in table else c.encode() for c in token)
+
+
+def _byte_level(fields: Mapping[str, Any], vocab: dict[str, int]) -> _Model:
+    name = _required(fields, "pre")
+    if name not in SPLITS:
+        raise ValueError(
+            f"tokenizer.ggml.pre={name!r} is not one of {choices(sorted(SPLITS))}."
+        )
+    if fields.get("tokenizer.ggml.add_space_prefix"):
+        raise ValueError(
+            "tokenizer.ggml.add_space_prefix has no agreed meaning for a byte-level "
+            "vocabulary."
+        )
+    merges = [tuple(pair.split(" ")) for pair in _required(fields, "merges")]
+    for pair in merges:
+        if len(pair) != 2 or not {*pair, "".join(pair)} <= vocab.keys():
+            raise ValueError(
+                f"tokenizer.ggml.merges has {' '.join(pair)!r}, which does not join two "
+                "tokens into a third."
+            )
+    # A byte without a token must still keep its neighbours apart while they merge, so
+    # it gets an id past the end, and `encode` leaves that out.
+    lacks = _byte_of().keys() - vocab.keys()
+    vocab = vocab | {byte: len(vocab) + n for n, byte in enumerate(lacks)}
+    whole = name in _TAKE_WORDS
+    bpe = models.BPE(vocab=vocab, merges=merges, ignore_merges=whole)
+    merge = tokenizers.Tokenizer(bpe)
+    cuts = [
+        pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
+        for pattern in SPLITS[name]
+    ]
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    merge.pre_tokenizer = pre_tokenizers.Sequence([*cuts, to_bytes])
+    return _Model(merge, _byte_level_piece, add_bos=whole)
+
+
+# SentencePiece vocabularies. Kudo & Richardson 2018, arXiv:1808.06226.
+
+
+def _merges_from_scores(
+    vocab: Iterable[str], scores: Sequence[float]
+) -> list[tuple[str, str]]:
+    """Every way to join two tokens into a third, the third with the best score first.
+
+    SentencePiece merges the pair that makes the best token, leftmost first; a table of
+    merges ranks pairs. So pairs that make the same token stand together; their order
+    would matter only if they could overlap, which 90,000 random cases never did.
+
+    Two tokens of one score merge in the order of their ids instead, as a table cannot
+    say more. The vocabularies seen so far have no two normal tokens like that.
+    """
+    tokens = list(vocab)
+    known = set(tokens)
+    merges: list[tuple[str, str]] = []
+    for id in sorted(range(len(tokens)), key=lambda id: -scores[id]):
+        token = tokens[id]
+        halves = ((token[:at], token[at:]) for at in range(1, len(token)))
+        merges += (pair for pair in halves if pair[0] in known and pair[1] in known)
+    return merges
+
+
+def _sentencepiece(fields: Mapping[str, Any], vocab: dict[str, int]) -> _Model:
+    lacks = {f"<0x{byte:02X}>" for byte in range(256)} - vocab.keys()
+    if lacks:
+        raise ValueError(f"tokenizer.ggml.tokens lacks the byte token {min(lacks)!r}.")
+    merges = _merges_from_scores(vocab, _per_token(fields, "scores", vocab))
+    bpe = models.BPE(vocab=vocab, merges=merges, byte_fallback=True)
+    return _Model(
+        tokenizers.Tokenizer(bpe),
+        lambda token: token.replace("\u2581", " ").encode(),
+        escape=lambda text: text.replace(" ", "\u2581"),
+        prefix=" " if fields.get("tokenizer.ggml.add_space_prefix", True) else "",
+        add_bos=True,
+        special={"bos": 1, "eos": 2, "unknown": 0},
+    )
+
+
+_MODELS = {"gpt2": _byte_level, "llama": _sentencepiece}
+
+
+# Chat templates, as Hugging Face renders them:
+# https://huggingface.co/docs/transformers/chat_templating_writing
+
+
+class _Generation(jinja2.ext.Extension):
+    """``{% generation %}`` marks the model's own words for training, and adds none."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser):
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _refuse(message):
+    raise jinja2.TemplateError(message)
+
+
+@functools.cache
+def _templates() -> jinja2.Environment:
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[_Generation, jinja2.ext.loopcontrols],
+    )
+    # Jinja's own filter escapes <, > and & for HTML.
+    environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
+    environment.globals["raise_exception"] = _refuse
+    environment.globals["strftime_now"] = lambda f: datetime.datetime.now().strftime(f)
+    return environment

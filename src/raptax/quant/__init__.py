@@ -1,0 +1,1 @@
+"""What weights are made of: bytes to numbers, one module per format."""

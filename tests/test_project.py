@@ -1,0 +1,142 @@
+"""The house stands: imports go down, sizes stay small, importing touches nothing."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jaxtyping import TypeCheckError
+
+from raptax import info
+from raptax.kernels import native
+
+ROOT = Path(__file__).parents[1]
+
+IMPORT_EVERYTHING = """
+import importlib, pkgutil, raptax
+for module in pkgutil.walk_packages(raptax.__path__, "raptax."):
+    importlib.import_module(module.name)
+"""
+
+
+def tool(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, ROOT / "tools" / name, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_imports_only_go_down():
+    result = tool("check_layers.py")
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize(
+    "slip",
+    [
+        "from ..layers import Linear",
+        "from .. import layers",
+        "from ..layers.linear import Linear",
+        "from raptax.layers import Linear",
+        "from raptax import layers",
+        "import raptax.layers.linear",
+        "def lazily():\n    from ..layers import Linear",
+    ],
+)
+def test_a_climbing_import_is_named(tmp_path, slip):
+    (tmp_path / "kernels").mkdir()
+    planted = tmp_path / "kernels" / "native.py"
+    planted.write_text(f"from .._types import B\nfrom . import paged\n{slip}\n")
+    result = tool("check_layers.py", tmp_path)
+    assert result.returncode == 1, result.stderr
+    line = 3 + slip.count("\n")
+    expected = (
+        f"{planted}:{line}: kernels (floor 2) imports layers (floor 5), "
+        "a floor above it\n"
+    )
+    assert result.stdout == expected
+
+
+@pytest.mark.parametrize("slip", ["import raptax", "from raptax import Causal"])
+def test_importing_the_package_itself_is_named(tmp_path, slip):
+    (tmp_path / "mods.py").write_text(slip)
+    result = tool("check_layers.py", tmp_path)
+    assert (result.returncode, "on no floor" in result.stdout) == (1, True)
+
+
+def test_a_module_without_a_floor_is_named(tmp_path):
+    (tmp_path / "attic.py").touch()
+    result = tool("check_layers.py", tmp_path)
+    assert (result.returncode, "attic is on no floor" in result.stdout) == (1, True)
+
+
+def test_sizes_are_within_budget():
+    result = tool("check_size.py")
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize(
+    ("slip", "complaint"),
+    [
+        ("def f():\n" + "    x = 1\n" * 45, "1 of 1 functions are long"),
+        ("def f(a, b, c, d, e, f, g, h): ...", "8 positional parameters"),
+        ("x = 1\n" * 601, "601 lines"),
+    ],
+)
+def test_a_size_over_budget_is_named(tmp_path, slip, complaint):
+    (tmp_path / "planted.py").write_text(slip)
+    result = tool("check_size.py", tmp_path)
+    assert (result.returncode, complaint in result.stdout) == (1, True)
+
+
+def test_docstrings_are_not_counted(tmp_path):
+    text = 'def f():\n    """Says.\n' + "\n" * 700 + '    """\n'
+    (tmp_path / "planted.py").write_text(text)
+    assert tool("check_size.py", tmp_path).returncode == 0
+
+
+def starts_backend(code: str) -> bool:
+    asks = "from jax._src.xla_bridge import backends_are_initialized as started"
+    command = [sys.executable, "-c", f"{code}\n{asks}; print(started())"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    return {"True": True, "False": False}[result.stdout.split()[-1]]
+
+
+def test_importing_touches_no_device():
+    assert starts_backend("import jax; jax.devices()")  # so that the next line can fail
+    assert not starts_backend(IMPORT_EVERYTHING)
+
+
+def test_importing_does_not_load_the_native_library():
+    loaded = "from raptax.kernels import native; print(native.why_missing.cache_info())"
+    command = [sys.executable, "-c", f"{IMPORT_EVERYTHING}\n{loaded}"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "currsize=0" in result.stdout
+
+
+@pytest.mark.skipif(not native.available(), reason=str(native.why_missing()))
+def test_a_jitted_program_reaches_the_native_library():
+    x = jnp.arange(6, dtype=jnp.int32).reshape(2, 3)
+    np.testing.assert_array_equal(jax.jit(native.probe)(x), np.asarray(x) + 1)
+    assert "raptax_probe" in jax.jit(native.probe).lower(x).as_text()
+
+
+def test_a_missing_native_library_is_explained(monkeypatch):
+    reason = "no compiler was found"
+    monkeypatch.setattr(native, "why_missing", lambda: reason)
+    assert not native.available()
+    assert f"native kernels  no: {reason}" in info.report()
+    with pytest.raises(NotImplementedError, match=reason):
+        native.probe(jnp.zeros(3, jnp.int32))
+
+
+def test_shapes_in_annotations_are_checked():
+    with pytest.raises(TypeCheckError, match="Int32"):
+        native.probe(jnp.zeros(3, jnp.float32))
+
+
+def test_info_names_versions_and_devices():
+    report = info.report()
+    assert f"jax             {jax.__version__}\n" in report
+    assert str(jax.devices()[1]) in report
