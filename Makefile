@@ -5,19 +5,20 @@ PYTEST = $(VENV)/bin/pytest
 NATIVE = CMakeLists.txt $(wildcard csrc/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types quick slow format native
+.PHONY: help demo test lint types quick slow bench format native
 
 help:
 	@echo "make demo     install raptax and let a small model write"
 	@echo "make test     all checks and the quick tests"
 	@echo "make slow     the slow tests: real models, long runs"
+	@echo "make bench    speed and agreement next to llama.cpp"
 	@echo "make lint     formatting, lint, floors and sizes"
 	@echo "make format   rewrite the code in the house format"
 	@echo "make native   rebuild the C++ kernels, warnings are errors"
 
 demo: $(VENV)/lm.stamp
 	$(VENV)/bin/raptax fetch smollm2
-	$(VENV)/bin/raptax generate "The capital of France is" --model smollm2 --max-tokens 64
+	$(VENV)/bin/raptax generate --chat "What is gravity?" --model smollm2
 
 test: lint types quick
 
@@ -35,6 +36,11 @@ quick: $(VENV)/dev.stamp
 
 slow: $(VENV)/dev.stamp
 	$(PYTEST) -m slow
+
+bench: $(VENV)/dev.stamp
+	$(VENV)/bin/pip install --quiet -e '.[bench]'
+	$(VENV)/bin/python -m benchmarks.bench_generate
+	$(VENV)/bin/python -W ignore -m benchmarks.compare_llama_cpp
 
 format: $(VENV)/dev.stamp
 	$(VENV)/bin/ruff check --fix --exit-zero .

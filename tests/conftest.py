@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import jax
+import jaxtyping
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 2)
@@ -12,14 +13,31 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 
 
-@pytest.fixture(scope="session")
-def smollm2_path() -> Path:
-    """The smallest real model, fetched once. Without it: skipped here, failed in CI."""
-    from raptax.models.fetch import fetch
+@pytest.fixture
+def unchecked():
+    """Lets wrong shapes through to the library's own checks, as they are for users."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def model_path(name: str) -> Path:
+    """A real model, fetched once. Where it cannot be had: skipped, but failed in CI."""
+    from raptax.models.published import fetch
 
     try:
-        return fetch("smollm2")
+        return fetch(name)
     except OSError as error:  # no network, no disk, or a download that was cut off
         if os.environ.get("CI") == "true":
             raise
-        pytest.skip(f"smollm2 cannot be had: {error}")
+        pytest.skip(f"{name} cannot be had: {error}")
+
+
+@pytest.fixture(scope="session")
+def smollm2_path() -> Path:
+    return model_path("smollm2")
+
+
+@pytest.fixture(scope="session")
+def gemma3_path() -> Path:
+    return model_path("gemma3")

@@ -12,7 +12,7 @@ Every annotation and every shape comment uses the same letters.
 
 Arrays are head-major, ``(B, H, T, D)``. A kernel that needs another layout transposes
 at its own door, so no caller ever does. Ragged batches are rows ``(R, ...)`` with
-``row_offsets (B + 1)``: sequence ``b`` owns rows ``row_offsets[b]`` to
+``row_offsets`` of ``B + 1`` entries: sequence ``b`` owns rows ``row_offsets[b]`` to
 ``row_offsets[b + 1] - 1``, and rows from ``row_offsets[B]`` on are padding.
 
 Positions are absolute. Query ``t`` stands at ``query_start + t``, and ``query_start``

@@ -1,15 +1,12 @@
 """The command `raptax`: generate text, fetch models, say what is installed."""
 
 import contextlib
-import os
-import pathlib
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from typing import Annotated
 
 import jax
-import platformdirs
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
@@ -18,6 +15,7 @@ from . import info as versions
 from .models import LanguageModel, load
 from .models import fetch as fetch_model
 from .models.llama import Weights
+from .models.published import cache_path
 from .serving import Sampler, generate_ids, text_of
 
 app = typer.Typer(
@@ -35,21 +33,22 @@ def _one_sentence() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, MemoryError) as error:
-        _err.print(f"[red]raptax:[/red] {error}", soft_wrap=True, highlight=False)
+        _err.print("[red]raptax:[/red]", end=" ")
+        _err.print(str(error), soft_wrap=True, highlight=False, markup=False)
         raise typer.Exit(2) from None
 
 
 def _keep_compiled_programs() -> None:
     """Compiled programs go to the user's cache: the second run starts at once."""
-    moved = os.environ.get("RAPTAX_CACHE")
-    cache = pathlib.Path(moved) if moved else platformdirs.user_cache_path("raptax")
-    jax.config.update("jax_compilation_cache_dir", str(cache / "xla"))
+    jax.config.update("jax_compilation_cache_dir", str(cache_path() / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def _load(model: str, weights: Weights) -> LanguageModel:
-    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn()
-    with Progress(*columns, console=_err, transient=True) as bars:
+    told = TextColumn("{task.description}", markup=False)  # a path may hold brackets
+    columns = told, BarColumn(), DownloadColumn()
+    shown = _err.is_terminal  # elsewhere it would leave an empty line
+    with Progress(*columns, console=_err, transient=True, disable=not shown) as bars:
         bar = bars.add_task(f"Loading {model}", total=None)
         return load(
             model,
@@ -96,20 +95,21 @@ def generate(
         text = sys.stdin.read() if prompt == "-" else prompt
         loaded = _load(model, weights)  # type: ignore[arg-type]
         if chat:
-            text = loaded.tokenizer.chat([{"role": "user", "content": text}])
+            ids = loaded.tokenizer.encode_chat([{"role": "user", "content": text}])
         else:
+            ids = loaded.tokenizer.encode(text)
             print(text, end="", flush=True)
         timed = _Timed(
             generate_ids(
                 loaded.decoder,
-                loaded.tokenizer.encode(text),
+                ids,
                 max_tokens=max_tokens,
                 sampler=sampler,
                 seed=seed,
                 stop=loaded.tokenizer.stop_ids,
             )
         )
-        for piece in text_of(timed, loaded.tokenizer):
+        for piece in text_of(timed, loaded.tokenizer, ids):
             print(piece, end="", flush=True)
         print()
         _err.print(timed.report(), style="dim", highlight=False)

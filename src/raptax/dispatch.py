@@ -63,44 +63,54 @@ def attention(
     return chosen.run(query, key, value, **problem)
 
 
+def _candidates(name: str | None) -> tuple[Kernel, ...]:
+    """Every kernel, or the one of this name."""
+    named = tuple(kernel for kernel in KERNELS if name in (None, kernel.name))
+    if not named:
+        names = choices(kernel.name for kernel in KERNELS)
+        raise ValueError(f"kernel={name!r} is not one of {names}.")
+    return named
+
+
 def _choose(name: str | None, query, key, value, problem: dict[str, Any]) -> Kernel:
-    if name is None:
-        for kernel in KERNELS:
-            if _verdict(kernel, query, key, value, problem) is None:
-                return kernel
-        raise Unsupported(f"no kernel can run this:\n{explain(query, key, value)}")
-    for kernel in KERNELS:
-        if kernel.name == name:
-            reason = kernel.why_not(query, key, value, **problem)
-            if reason is not None:
-                raise Unsupported(f"kernel={name!r} cannot run this: {reason}.")
+    """The kernel that runs; see `attention`."""
+    for kernel in _candidates(name):
+        reason = kernel.why_not(query, key, value, **problem)
+        if name is not None and reason is not None:
+            raise Unsupported(f"kernel={name!r} cannot run this: {reason}.")
+        later = name is None and kernel.why_later(query, key, value, **problem)
+        if reason is None and not later:
             return kernel
-    names = choices(kernel.name for kernel in KERNELS)
-    raise ValueError(f"kernel={name!r} is not one of {names}.")
+    raise Unsupported(
+        f"no kernel can run this:\n{explain(query, key, value, **problem)}"
+    )
 
 
-def _verdict(kernel: Kernel, query, key, value, problem: dict[str, Any]) -> str | None:
-    reason = kernel.why_not(query, key, value, **problem)
-    if reason is not None:
-        return f"cannot: {reason}"
-    later = kernel.why_later(query, key, value, **problem)
-    return None if later is None else f"only when named: {later}"
-
-
-def explain(query: jax.Array, key: jax.Array, value: jax.Array, **problem: Any) -> str:
+def explain(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    kernel: str | None = None,
+    **problem: Any,
+) -> str:
     """What each kernel says to this problem, in the order they are tried.
 
-    Takes the arguments of `attention`; the kernel that would run is marked.
+    Takes the arguments of `attention`. One line for each kernel; at most one of them
+    says "runs".
     """
-    name = problem.pop("kernel", None)
-    chosen = None
-    lines = []
-    for kernel in KERNELS:
-        verdict = _verdict(kernel, query, key, value, problem)
-        if (verdict is None and chosen is None) or kernel.name == name:
-            chosen = kernel
-        verdict = verdict or ("runs" if kernel is chosen else "can run")
-        lines.append(f"{kernel.name:10} {verdict}")
+    candidates, lines, taken = _candidates(kernel), [], False
+    for candidate in KERNELS:
+        reason = candidate.why_not(query, key, value, **problem)
+        later = candidate.why_later(query, key, value, **problem)
+        runs = candidate in candidates and not taken and reason is None
+        if reason is not None:
+            verdict = f"cannot: {reason}"
+        elif runs and (kernel is not None or later is None):
+            verdict, taken = "runs", True
+        else:
+            verdict = "can run" if later is None else f"only when named: {later}"
+        lines.append(f"{candidate.name:10} {verdict}")
     return "\n".join(lines)
 
 

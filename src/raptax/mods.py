@@ -62,6 +62,28 @@ def as_mod(mod: Any) -> Any:
     return FunctionMod(mod)
 
 
+def apply_mask(mask_mod: MaskMod, *at: jax.Array) -> jax.Array:
+    """``mask_mod(*at)``, after a check that it says yes or no."""
+    allowed = mask_mod(*at)
+    if allowed.dtype != bool:
+        raise ValueError(
+            f"mask_mod={mask_mod} must return booleans, True where a query may attend; "
+            f"it returned {allowed.dtype}."
+        )
+    return allowed
+
+
+def apply_score(score_mod: ScoreMod, scores: jax.Array, *at: jax.Array) -> jax.Array:
+    """``score_mod(scores, *at)``, after a check that scores came back."""
+    changed = score_mod(scores, *at)
+    if (changed.shape, changed.dtype) != (scores.shape, scores.dtype):
+        raise ValueError(
+            f"score_mod={score_mod} must return scores as they came, {scores.dtype} "
+            f"{scores.shape}; it returned {changed.dtype} {changed.shape}."
+        )
+    return changed
+
+
 # ------------------------------------------------------------------------------- masks
 
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from .._pytree import pytree
@@ -33,7 +34,7 @@ class KVCacheParams:
         value_head_dim: Head size of values, E; that of the keys unless given.
     """
 
-    dtype: jnp.dtype
+    dtype: DTypeLike
     n_kv_heads: int
     head_dim: int
     num_layers: int = 1
@@ -94,7 +95,7 @@ class PagedKVCache:
         key: Float[Array, "R K D"],
         value: Float[Array, "R K E"],
         *,
-        row_offsets: Int[Array, " B+1"],
+        row_offsets: Int[Array, " offsets"],
         layer: int | Int[Array, ""] = 0,
         mask_mod: MaskMod | None = Causal(),
         score_mod: ScoreMod | None = None,
@@ -122,12 +123,12 @@ class PagedKVCache:
         return out, dataclasses.replace(self, k_pages=k_pages, v_pages=v_pages)
 
     def positions(
-        self, rows: int, row_offsets: Int[Array, " B+1"]
+        self, rows: int, row_offsets: Int[Array, " offsets"]
     ) -> Int[Array, " {rows}"]:
         """The absolute position of each new row."""
         return paged.places(rows, self.lengths, row_offsets)[1]
 
-    def advance(self, row_offsets: Int[Array, " B+1"]) -> "PagedKVCache":
+    def advance(self, row_offsets: Int[Array, " offsets"]) -> "PagedKVCache":
         """Counts the rows that all layers have written."""
         new = row_offsets[1:] - row_offsets[:-1]
         return dataclasses.replace(self, lengths=self.lengths + new)

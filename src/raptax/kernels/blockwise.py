@@ -29,7 +29,7 @@ from .._types import (
     position_indices,
     query_positions,
 )
-from ..mods import as_mod, with_scale
+from ..mods import apply_mask, apply_score, as_mod, with_scale
 from .dropout import Dropout
 from .softmax import Running, accumulator, finite, poison
 
@@ -87,9 +87,16 @@ def _blockwise(query, key, value, start, *, mask, mask_mod, score_mod, dropout, 
     problem = Problem(tile, (B, H, T, S), scale)
     at = problem.indices(start, 0, 0)
     scores = jnp.zeros((B, H, *tile), accumulator(query.dtype))
-    allow, allow_arrays = lift_mask(mask_mod, *at)
-    change, change_arrays = lift_score(score_mod, scores, *at)
-    problem = problem._replace(allow=allow, change=change)
+    allow_arrays: list[jax.Array] = []
+    change_arrays: list[jax.Array] = []
+    if mask_mod is not None:
+        allow, allow_arrays = lift(functools.partial(apply_mask, mask_mod), *at)
+        problem = problem._replace(allow=allow)
+    if score_mod is not None:
+        change, change_arrays = lift(
+            functools.partial(apply_score, score_mod), scores, *at
+        )
+        problem = problem._replace(change=change)
     fixed = Fixed(start, mask, allow_arrays, dropout)
     out, _ = _attend(problem, fixed, change_arrays, query, key, value)
     return out
@@ -126,34 +133,6 @@ def lift(
         return jax.core.eval_jaxpr(closed.jaxpr, arrays, *args)[0]
 
     return run, list(closed.consts)
-
-
-def lift_mask(mask_mod: MaskMod | None, *at: jax.Array) -> tuple[Any, list[jax.Array]]:
-    """`lift` for a mask, after a check of what it returns."""
-    if mask_mod is None:
-        return None, []
-    out = jax.eval_shape(mask_mod, *at)
-    if out.dtype != bool:
-        raise ValueError(
-            f"mask_mod={mask_mod} must return booleans, True where a query may attend; "
-            f"it returned {out.dtype}."
-        )
-    return lift(mask_mod, *at)
-
-
-def lift_score(
-    score_mod: ScoreMod | None, *args: jax.Array
-) -> tuple[Any, list[jax.Array]]:
-    """`lift` for a score change, after a check of what it returns."""
-    if score_mod is None:
-        return None, []
-    scores, out = args[0], jax.eval_shape(score_mod, *args)
-    if (out.shape, out.dtype) != (scores.shape, scores.dtype):
-        raise ValueError(
-            f"score_mod={score_mod} must return scores as they came, {scores.dtype}"
-            f"{list(scores.shape)}; it returned {out.dtype}{list(out.shape)}."
-        )
-    return lift(score_mod, *args)
 
 
 class Fixed(NamedTuple):

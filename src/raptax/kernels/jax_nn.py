@@ -6,7 +6,7 @@ from jaxtyping import Array, Bool, Float, Int
 from .._errors import Unsupported, check_qkv
 from .._types import DropoutKey, MaskMod, ScoreMod
 from ..mods import Causal, SlidingWindow
-from .softmax import finite, poison
+from .softmax import accumulator, finite, poison
 
 
 def why_not_jax_nn(query: jax.Array, key: jax.Array, value: jax.Array, **problem):
@@ -49,8 +49,9 @@ def jax_nn_attention(
 ) -> Float[Array, "B H T E"]:
     """See `AttentionFn`; `why_not_jax_nn` says what this one cannot do.
 
-    Weights are rounded to the inputs' dtype before they meet the values. Off NVIDIA
-    GPUs all B * H * T * S scores are stored.
+    On NVIDIA GPUs weights are rounded to the inputs' dtype before they meet the values.
+    Elsewhere it works in float32 and stores all B * H * T * S scores. A NaN in a key
+    that is masked does not reach the output, but does reach the query's gradient.
     """
     check_qkv(query, key, value)
     reason = why_not_jax_nn(
@@ -70,9 +71,11 @@ def jax_nn_attention(
     # jax.nn multiplies masked values by 0, and 0 * NaN is NaN: so values go in finite,
     # and a key whose value was not takes the NaN, which the mask does keep apart.
     key = key + poison(value, key.dtype)[..., None]
-    q, k, v = (x.swapaxes(1, 2) for x in (query, key, finite(value)))
+    dtype = query.dtype if jax.default_backend() == "gpu" else accumulator(query.dtype)
+    q, k, v = (x.swapaxes(1, 2).astype(dtype) for x in (query, key, finite(value)))
     window = (mask_mod.size - 1, 0) if isinstance(mask_mod, SlidingWindow) else None
+    causal = mask_mod is not None
     out = jax.nn.dot_product_attention(
-        q, k, v, scale=scale, is_causal=mask_mod is not None, local_window_size=window
+        q, k, v, scale=scale, is_causal=causal, local_window_size=window
     )
-    return out.swapaxes(1, 2)
+    return out.swapaxes(1, 2).astype(query.dtype)

@@ -18,7 +18,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from .._types import MaskMod, ScoreMod, position_indices
-from ..mods import with_scale
+from ..mods import apply_mask, apply_score, as_mod, with_scale
 from .blockwise import if_any, times_keys, times_values
 from .softmax import Running, accumulator, finite, poison
 
@@ -128,7 +128,7 @@ def attend(
     scale, score_mod = with_scale(D**-0.5 if scale is None else scale, score_mod)
     pages = k_pages, v_pages
     work = _Work(query, pages, table, lengths, row_offsets, layer)
-    rules = _Rules(mask_mod, score_mod, scale)
+    rules = _Rules(as_mod(mask_mod), score_mod, scale)
     _, done = lax.scan(lambda _, n: (None, _task(work, rules, n)), None, work.tasks)
     # done (tasks, rows, H, E): back to one row after another
     R, rows = query.shape[0], work.rows
@@ -211,7 +211,7 @@ def _task(work: _Work, rules: _Rules, number: jax.Array) -> jax.Array:
         allowed = (at[3] < work.lengths[b]) & (page >= 0)
         allowed &= page < work.pages[0].shape[1]
         if rules.mask_mod is not None:
-            allowed &= rules.mask_mod(*at)
+            allowed &= apply_mask(rules.mask_mod, *at)
 
         def attend_page():
             k, v = work.page(page)
@@ -219,7 +219,7 @@ def _task(work: _Work, rules: _Rules, number: jax.Array) -> jax.Array:
             scores = times_keys(q, finite(k)) * rules.scale
             scores += jnp.repeat(nan, H // nan.shape[1], axis=1)[:, :, None]
             if rules.score_mod is not None:
-                scores = rules.score_mod(scores, *at)
+                scores = apply_score(rules.score_mod, scores, *at)
             scores = jnp.where(allowed, scores, -jnp.inf)
             return state.add(scores, lambda w: times_values(w, finite(v)))
 

@@ -12,6 +12,7 @@ from .._types import (
     position_indices,
     query_positions,
 )
+from ..mods import apply_mask, apply_score, as_mod
 from .dropout import Dropout
 from .softmax import accumulator, finite, poison
 
@@ -53,12 +54,12 @@ def reference_attention(
     kv_idx = jnp.arange(S, dtype=jnp.int32)
     indices = position_indices(B, H, query_positions(query_start, T, S), kv_idx)
     if score_mod is not None:
-        scores = score_mod(scores, *indices)
+        scores = apply_score(as_mod(score_mod), scores, *indices)
     allowed = jnp.ones((B, H, T, S), bool)
     if mask is not None:
         allowed &= mask
     if mask_mod is not None:
-        allowed &= mask_mod(*indices)
+        allowed &= apply_mask(as_mod(mask_mod), *indices)
 
     scores = jnp.where(allowed, scores, -jnp.inf)
     high = jax.lax.stop_gradient(scores.max(-1, keepdims=True, initial=-jnp.inf))

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 
@@ -28,7 +29,7 @@ class Running(NamedTuple):
     total: Float[Array, "*rows"]
 
     @classmethod
-    def empty(cls, rows: tuple[int, ...], size: int, dtype: jnp.dtype) -> "Running":
+    def empty(cls, rows: tuple[int, ...], size: int, dtype: DTypeLike) -> "Running":
         """No key seen yet."""
         out = jnp.zeros((*rows, size), dtype)
         return cls(out, jnp.full(rows, -jnp.inf, dtype), jnp.zeros(rows, dtype))
@@ -55,9 +56,10 @@ class Running(NamedTuple):
         return self.out / total[..., None], self.high + jnp.log(self.total)
 
 
-def accumulator(dtype: jnp.dtype) -> jnp.dtype:
+def accumulator(dtype: DTypeLike) -> jnp.dtype:
     """float32, or float64 for float64."""
-    return jnp.promote_types(dtype, jnp.float32)
+    wide = jnp.float64 if dtype == jnp.float64 else jnp.float32
+    return jnp.dtype(wide)
 
 
 def finite(x: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -65,6 +67,6 @@ def finite(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return jnp.where(jnp.isfinite(x), x, 0)
 
 
-def poison(x: Float[Array, "*B S D"], dtype: jnp.dtype) -> Float[Array, "*B S"]:
+def poison(x: Float[Array, "*B S D"], dtype: DTypeLike) -> Float[Array, "*B S"]:
     """What to add to the scores of each row of ``x``: NaN if not finite, else 0."""
     return jnp.where(jnp.isfinite(x).all(-1), 0, jnp.nan).astype(dtype)

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from .._errors import check_groups
@@ -49,7 +50,7 @@ class AbstractAttention(nnx.Module):
         x: Float[Array, "*rows C"],
         cache: PagedKVCache | None = None,
         *,
-        row_offsets: Int[Array, " B+1"] | None = None,
+        row_offsets: Int[Array, " offsets"] | None = None,
         layer: int | Int[Array, ""] = 0,
         positions: Int[Array, "*rows"] | None = None,
         mask_mod: MaskMod | None = Causal(),
@@ -163,7 +164,7 @@ class AttentionWithRope(AbstractAttention):
         num_key_value_heads: int,
         hidden_size: int,
         kv_params: KVCacheParams,
-        dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
         linear_cls: Callable[..., Projection] = Linear,
         stacked_qkv: bool = False,
         scale: float | None = None,

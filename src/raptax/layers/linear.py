@@ -10,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, UInt8
 
 from ..quant import gguf
@@ -49,7 +50,7 @@ class Linear(nnx.Module):
         out_features: int,
         *,
         has_bias: bool = False,
-        dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
         weight_init: nnx.Initializer = LECUN_NORMAL,
         rngs: nnx.Rngs,
     ):

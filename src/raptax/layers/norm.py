@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from .linear import along_last
@@ -19,14 +20,14 @@ class RMSNorm(nnx.Module):
         size: int,
         *,
         eps: float = 1e-6,
-        dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
         weight: Float[Array, " size"] | None = None,
     ):
         self.weight = nnx.Param(jnp.ones(size, dtype) if weight is None else weight)
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*rows size"]) -> Float[Array, "*rows size"]:
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        wide = x if x.dtype == jnp.float64 else x.astype(jnp.float32)
         square = jnp.mean(wide * wide, axis=-1, keepdims=True)
         wide = wide * jax.lax.rsqrt(square + self.eps)
         return (wide * along_last(self.weight[...], wide)).astype(x.dtype)

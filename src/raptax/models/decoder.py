@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from .._errors import check_groups
@@ -58,7 +59,7 @@ class DecoderConfig:
         window = self.sliding_window
         return Causal() if window is None else SlidingWindow(window)
 
-    def kv_params(self, dtype: jnp.dtype, page_size: int = 128) -> KVCacheParams:
+    def kv_params(self, dtype: DTypeLike, page_size: int = 128) -> KVCacheParams:
         """Sizes of the cache this model writes to."""
         return KVCacheParams(
             dtype=dtype,
@@ -167,7 +168,7 @@ class Decoder(nnx.Module):
         tokens: Int[Array, "*rows"],
         cache: PagedKVCache | None = None,
         *,
-        row_offsets: Int[Array, " B+1"] | None = None,
+        row_offsets: Int[Array, " offsets"] | None = None,
         logit_rows: Int[Array, " n"] | None = None,
     ) -> tuple[Float[Array, "... V"], PagedKVCache | None]:
         """Logits of the token after each row, in float32, and the cache.

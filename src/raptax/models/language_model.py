@@ -6,9 +6,9 @@ import pathlib
 from collections.abc import Callable
 
 from .decoder import Decoder
-from .fetch import MODELS, fetch
 from .gguf_file import GGUFFile
 from .llama import Weights, decoder_from_gguf
+from .published import MODELS, fetch
 from .tokenizer import Tokenizer
 
 

@@ -160,7 +160,7 @@ def rope_from_gguf(file: GGUFFile, config: DecoderConfig) -> RotaryEmbedding:
     if "rope_freqs.weight" in file.tensors:  # Llama 3's scaling, as divisors
         divisors = file.tensors["rope_freqs.weight"].floats.astype(np.float64)
         inv_freq = _divided(file, inv_freq, divisors)
-    kind = _field(file, "rope.scaling.type", "none")
+    kind = _field(file, "rope.scaling.type", "linear")  # as llama.cpp takes it
     factor = _field(file, "rope.scaling.factor", 1.0)
     match kind:
         case "none":

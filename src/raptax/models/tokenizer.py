@@ -300,6 +300,12 @@ class Tokenizer:
                 f"the model's chat template does not take these messages: {error}"
             ) from error
 
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """The ids of what `chat` writes, with one `bos_id` whoever puts it there."""
+        text = self.chat(messages)
+        ids = self.encode(text, add_bos=False)
+        return ids if ids[:1] == [self.bos_id] else self.encode(text)
+
     def _bracket(self, name, id, default, asked):
         if not (default if asked is None else asked):
             return []

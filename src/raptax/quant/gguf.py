@@ -152,7 +152,8 @@ def alike(weights: Sequence[Codes]) -> list[Codes]:
     repeated and widened, never rounded.
     """
     group = min(weight.group for weight in weights)
-    dtype = jnp.result_type(*(weight.scale.dtype for weight in weights))
+    half = all(weight.scale.dtype == jnp.float16 for weight in weights)
+    dtype = jnp.float16 if half else jnp.float32
     offsets = any(weight.offset is not None for weight in weights)
 
     def widen(x: jax.Array, times: int) -> jax.Array:

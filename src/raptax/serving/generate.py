@@ -36,10 +36,12 @@ def generate(
         prompt: Text, or token ids as `Tokenizer.encode` gives them.
         max_tokens: Stop after this many tokens, if the model has not ended before.
         sampler: How to pick tokens.
-        seed: Of the sampler. The text depends on it, not on how the work is cut.
+        seed: Of the sampler, below 2**32. The text depends on it, not on how the work
+            is cut.
 
     Raises:
-        ValueError: The prompt is empty, or too long for the model's context.
+        ValueError: The prompt is empty, or too long for the model's context, or a number
+            is out of range.
     """
     ids = model.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
     tokens = generate_ids(
@@ -50,12 +52,14 @@ def generate(
         seed=seed,
         stop=model.tokenizer.stop_ids,
     )
-    return text_of(tokens, model.tokenizer)
+    return text_of(tokens, model.tokenizer, ids)
 
 
-def text_of(tokens: Iterable[int], tokenizer: Tokenizer) -> Iterator[str]:
-    """Tokens as text, as they come: whole characters, without the stop token."""
-    stream = tokenizer.stream()
+def text_of(
+    tokens: Iterable[int], tokenizer: Tokenizer, prompt: Sequence[int] = ()
+) -> Iterator[str]:
+    """Tokens after ``prompt`` as text: whole characters, without the stop token."""
+    stream = tokenizer.stream(prompt)
     for token in tokens:
         if token not in tokenizer.stop_ids and (piece := stream.push(token)):
             yield piece
@@ -75,6 +79,8 @@ def generate_ids(
     """The token ids of `generate`; one of ``stop``, if it comes, is the last."""
     config = decoder.config
     check_prompt(prompt, max_tokens, config)
+    if not 0 <= seed < 2**32:  # JAX would drop the higher bits
+        raise ValueError(f"seed={seed} must lie in [0, 2**32).")
     return _Run(decoder, prompt, max_tokens, sampler, seed, stop).tokens()
 
 
@@ -122,24 +128,30 @@ class _Run:
 
     def tokens(self) -> Iterator[int]:
         """Prefills, then decodes a portion at a time."""
+        left = self.max_tokens - 1
+        if left:  # compiled now, so that no pause follows the first token
+            self._decode(jnp.zeros((), jnp.int32), 0)
         token = self._prefill()
         yield int(token)
-        left = self.max_tokens - 1
         while left and int(token) not in self.stop:
-            steps = min(left, DECODE_STEPS)
-            self.cache, self.seen, token, tokens, count = _decode(
-                self.graph,
-                self.state,
-                self.cache,
-                self.seen,
-                token,
-                steps=jnp.asarray(steps, jnp.int32),
-                sampler=self.sampler,
-                rng=jax.random.key(self.seed),
-                stops=self.stops,
-            )
-            yield from tokens[: int(count)].tolist()
-            left -= int(count)
+            token, new = self._decode(token, min(left, DECODE_STEPS))
+            yield from new
+            left -= len(new)
+
+    def _decode(self, token: jax.Array, steps: int) -> tuple[jax.Array, list[int]]:
+        """Up to ``steps`` tokens after ``token``: the last of them, and all."""
+        self.cache, self.seen, token, tokens, count = decode(
+            self.graph,
+            self.state,
+            self.cache,
+            self.seen,
+            token,
+            steps=jnp.asarray(steps, jnp.int32),
+            sampler=self.sampler,
+            rng=jax.random.key(self.seed),
+            stops=self.stops,
+        )
+        return token, tokens[: int(count)].tolist()
 
     def _prefill(self) -> jax.Array:
         """Takes in the prompt in chunks; returns the first new token."""
@@ -175,7 +187,7 @@ def prefill(graph, state, cache, tokens, row_offsets):
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=(2, 3))
-def _decode(graph, state, cache, seen, token, *, steps, sampler, rng, stops):
+def decode(graph, state, cache, seen, token, *, steps, sampler, rng, stops):
     """Up to ``steps`` tokens after ``token``, fewer if one of ``stops`` comes.
 
     Returns the cache, what has been seen, the last token, all new ones and their count.

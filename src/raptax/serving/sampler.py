@@ -53,12 +53,12 @@ class Sampler:
         """
         limits = {"top_k": top_k, "top_p": top_p, "min_p": min_p}
         _check("temperature", temperature, 0, math.inf)
-        _check("top_k", top_k, 1, math.inf)
+        _check("top_k", top_k, 1, 2**31 - 1)
         _check("top_p", top_p, 0, 1)
         _check("min_p", min_p, 0, 1)
-        if repetition_penalty is not None and not repetition_penalty > 0:
+        if repetition_penalty is not None and not 0 < repetition_penalty < math.inf:
             raise ValueError(
-                f"repetition_penalty={repetition_penalty} must be above 0."
+                f"repetition_penalty={repetition_penalty} must be above 0 and finite."
             )
         if not temperature:
             if given := [name for name, value in limits.items() if value is not None]:
@@ -94,14 +94,15 @@ class Sampler:
         best_first = -jnp.sort(-logits)
         kept = jnp.ones(logits.shape, bool)
         if self.top_k is not None:
-            kept = jnp.arange(logits.size) < self.top_k
+            kept = best_first >= best_first[jnp.minimum(self.top_k, logits.size) - 1]
         if self.top_p is not None:
             p = jax.nn.softmax(jnp.where(kept, best_first, -jnp.inf))
-            kept &= jnp.cumsum(p) - p < self.top_p
+            # The last ones' p may vanish beside the sum, which 1 is to keep all the same.
+            kept &= (jnp.cumsum(p) - p < self.top_p) | (self.top_p >= 1)
             kept = kept.at[0].set(True)  # top_p = 0 keeps the likeliest
         return jnp.where(kept, best_first, jnp.inf).min()
 
 
-def _check(name: str, value: float | None, low: float, high: float) -> None:
+def _check(name: str, value: int | float | None, low: int, high: int | float) -> None:
     if value is not None and not low <= value <= high:
         raise ValueError(f"{name}={value} must lie in [{low}, {high}].")

@@ -94,7 +94,7 @@ def fetch(name: str) -> pathlib.Path:
         )
     model = MODELS[name]
     console = Console(stderr=True)
-    path = _cache() / f"{name}.gguf"
+    path = cache_path() / "models" / f"{name}.gguf"
     if path.exists():
         if _is_intact(path, model):
             return path
@@ -113,10 +113,10 @@ def fetch(name: str) -> pathlib.Path:
     return path
 
 
-def _cache() -> pathlib.Path:
+def cache_path() -> pathlib.Path:
+    """The folder for what can be had again: ``RAPTAX_CACHE``, or the user's cache."""
     moved = os.environ.get("RAPTAX_CACHE")
-    cache = pathlib.Path(moved) if moved else platformdirs.user_cache_path("raptax")
-    return cache / "models"
+    return pathlib.Path(moved) if moved else platformdirs.user_cache_path("raptax")
 
 
 def _is_intact(path: pathlib.Path, model: Published) -> bool:

@@ -1,0 +1,35 @@
+"""What the machine can do, and how to time in turns."""
+
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def seconds(functions: dict[str, Callable[[], object]], repeats: int = 7):
+    """Times of each function, sorted; they take turns, so noise falls on all alike."""
+    for function in functions.values():
+        jax.block_until_ready(function())  # compile, and warm the caches
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(repeats):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            jax.block_until_ready(function())
+            times[name].append(time.perf_counter() - start)
+    return {name: np.sort(taken) for name, taken in times.items()}
+
+
+def read_bandwidth(megabytes: int = 256) -> float:
+    """Bytes a second of summing a float32 array: what decoding cannot beat."""
+    x = jnp.ones((megabytes * 2**18,), jnp.float32)
+    total = jax.jit(jnp.sum)
+    return x.nbytes / seconds({"sum": lambda: total(x)})["sum"][0]
+
+
+def matmul_rate(size: int = 2048) -> float:
+    """Floating-point operations a second of a float32 matrix product."""
+    x = jnp.ones((size, size), jnp.float32)
+    product = jax.jit(jnp.matmul)
+    return 2 * size**3 / seconds({"product": lambda: product(x, x)}, 5)["product"][0]

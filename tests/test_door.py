@@ -1,0 +1,134 @@
+"""`attention`, `explain` and the checks at the door."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import raptax
+from raptax import Causal, SoftCap, Unsupported, attention, explain, paged_attention
+
+
+def qkv(q=(1, 4, 6, 8), k=(1, 2, 6, 8), v=(1, 2, 6, 8), dtype=jnp.float32):
+    return [jnp.ones(shape, dtype) for shape in (q, k, v)]
+
+
+def test_the_choice_never_changes_what():
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=x.shape), jnp.float32) for x in qkv())
+    chosen = attention(q, k, v, mask_mod=Causal())
+    for kernel in raptax.KERNELS:
+        named = attention(q, k, v, mask_mod=Causal(), kernel=kernel.name)
+        np.testing.assert_allclose(named, chosen, rtol=0, atol=1e-6)
+
+
+def test_naming_a_kernel_turns_cannot_into_an_error():
+    with pytest.raises(
+        Unsupported, match=r"kernel='jax_nn' cannot run this: it knows no score_mod\."
+    ):
+        attention(*qkv(), score_mod=SoftCap(1.0), kernel="jax_nn")
+    with pytest.raises(
+        ValueError, match="'flash' is not one of 'jax_nn', 'blockwise', 'reference'"
+    ):
+        attention(*qkv(), kernel="flash")
+
+
+def test_explain_says_what_each_kernel_answers():
+    told = explain(*qkv(), score_mod=SoftCap(1.0)).splitlines()
+    assert [line.split()[0] for line in told] == [k.name for k in raptax.KERNELS]
+    assert told[0].endswith("cannot: it knows no score_mod")
+    assert told[1].endswith(" runs")
+    assert "only when named" in told[2]
+    named = explain(*qkv(), kernel="reference").splitlines()
+    assert sum(line.endswith("runs") for line in named) == 1
+    assert named[2].endswith("runs")
+    with pytest.raises(ValueError, match="'flash' is not one of"):
+        explain(*qkv(), kernel="flash")
+
+
+@pytest.mark.parametrize(
+    ("arrays", "named"),
+    [
+        (dict(q=(4, 6, 8)), r"query must be \(batch, heads, length, head size\)"),
+        (dict(k=(1, 2, 6, 4)), "query and key must share a head size; got 8 and 4"),
+        (dict(v=(1, 2, 5, 8)), "key and value must agree"),
+        (dict(k=(2, 2, 6, 8), v=(2, 2, 6, 8)), "must share a batch size; got 1 and 2"),
+        (dict(q=(1, 3, 6, 8)), "query_heads=3 must be a multiple of kv_heads=2"),
+    ],
+)
+@pytest.mark.parametrize("kernel", [None, *(k.name for k in raptax.KERNELS)])
+def test_shapes_that_do_not_fit(unchecked, arrays, named, kernel):
+    with pytest.raises(ValueError, match=named):
+        attention(*qkv(**arrays), kernel=kernel)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (dict(mask=jnp.ones((1, 1, 6, 6))), "mask must be boolean"),
+        (dict(mask=jnp.ones((1, 3, 6, 6), bool)), "must broadcast to"),
+        (dict(mask=jnp.ones((6, 6), bool)), "must broadcast to"),
+        (dict(dropout_rate=1.0), r"must lie in \[0, 1\)"),
+        (dict(dropout_rate=0.5, deterministic=False), "needs a dropout_rng"),
+        (dict(mask_mod="causal"), "must be callable; got 'causal'"),
+        (dict(mask_mod=lambda b, h, q, k: q + k), "must return booleans"),
+        (dict(score_mod=lambda s, *_: s[0]), "must return scores as they came"),
+        (
+            dict(score_mod=lambda s, *_: s.astype(jnp.bfloat16)),
+            "must return scores as they came",
+        ),
+    ],
+)
+@pytest.mark.parametrize("kernel", [None, "reference"])
+def test_options_that_do_not_fit(unchecked, options, named, kernel):
+    with pytest.raises(ValueError, match=named):
+        attention(*qkv(), **options, kernel=kernel)
+
+
+def test_mixed_dtypes_are_refused(unchecked):
+    q, k, v = qkv()
+    with pytest.raises(ValueError, match="must share a dtype"):
+        attention(q, k.astype(jnp.bfloat16), v)
+
+
+def test_a_fault_inside_a_mod_surfaces_as_itself():
+    def broken(scores, b_idx, h_idx, q_idx, kv_idx):
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        attention(*qkv(), score_mod=broken)
+
+
+def test_paged_attention_checks_its_arrays(unchecked):
+    pages = jnp.ones((4, 2, 8, 16))
+    good = dict(
+        table=jnp.zeros((2, 3), jnp.int32),
+        lengths=jnp.ones(2, jnp.int32),
+        row_offsets=jnp.arange(3, dtype=jnp.int32),
+    )
+    query = jnp.ones((2, 4, 16))
+    assert paged_attention(query, pages, pages, **good).shape == (2, 4, 16)
+    with pytest.raises(ValueError, match="query_heads=3"):
+        paged_attention(query[:, :3], pages, pages, **good)
+    with pytest.raises(ValueError, match="must share a head size with k_pages"):
+        paged_attention(query[..., :8], pages, pages, **good)
+    offsets = jnp.arange(4, dtype=jnp.int32)
+    with pytest.raises(ValueError, match="must speak of the same sequences"):
+        paged_attention(query, pages, pages, **good | dict(row_offsets=offsets))
+
+
+def test_importable_names_are_documented():
+    for name in dir(raptax):
+        thing = getattr(raptax, name)
+        if not name.startswith("_") and callable(thing):
+            assert thing.__doc__, name
+
+
+def test_jit_and_vmap_over_the_door():
+    q, k, v = qkv()
+    expected = attention(q, k, v, mask_mod=Causal())
+    jitted = jax.jit(lambda q, k, v, m: attention(q, k, v, mask_mod=m))
+    np.testing.assert_allclose(jitted(q, k, v, Causal()), expected, atol=1e-6)
+    stacked = [jnp.stack([x, x]) for x in (q, k, v)]
+    mapped = jax.vmap(lambda q, k, v: attention(q, k, v, mask_mod=Causal()))
+    np.testing.assert_allclose(mapped(*stacked)[1], expected, atol=1e-6)
