@@ -314,7 +314,34 @@ BAD = {
         "another attention.head_count_kv in each layer",
     ),
     "no heads": (field("attention.head_count", 0), "attention.head_count=0"),
-    "no layers": (field("block_count", 0), "num_layers=0 must be positive"),
+    "no layers": (
+        field("block_count", 0),
+        "block_count=0 must be a whole number above",
+    ),
+    "half layers": (
+        field("block_count", 2.5),
+        "block_count=2.5 must be a whole number",
+    ),
+    "more layers": (field("block_count", 2), "holds more layers than block_count=2"),
+    "words": (field("context_length", "long"), "context_length='long' must be a whole"),
+    "widths": (
+        field("feed_forward_length", [96] * 3),
+        "another feed_forward_length in",
+    ),
+    "values": (field("attention.value_length", 8), "value_length=8 must equal .* 16"),
+    "slow rope": (
+        field("rope.freq_base", 0.0),
+        "freq_base=0.0 must be a number above 0",
+    ),
+    "still rope": (field("rope.freq_base", 1.0), "theta=1.0 must be above 1"),
+    "no factor": (
+        field("rope.scaling.factor", 0.0),
+        "factor=0.0 must be a number above",
+    ),
+    "unknown rope": (
+        field("rope.scaling.attn_factor", 1.0),
+        "field llama.rope.scaling.attn_factor, unknown here",
+    ),
     "groups": (field("attention.head_count_kv", 3), "query_heads=4 .* kv_heads=3"),
     **{
         f"no {name}": (field(name), f"lacks the field 'llama.{re.escape(name)}'")
@@ -356,7 +383,10 @@ BAD = {
         "rope.scaling.type='longrope' is not one of 'none', 'linear', 'yarn'",
     ),
     "divisors": (tensor("rope_freqs.weight", (7,)), r"rope_freqs.weight \(7,\) .* 8 "),
-    "odd rotation": (field("rope.dimension_count", 7), "rotary_size=7 must be even"),
+    "part of it": (
+        field("rope.dimension_count", 8),
+        "dimension_count=8 must equal .* 16",
+    ),
 }
 
 

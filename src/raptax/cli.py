@@ -98,7 +98,6 @@ def generate(
             ids = loaded.tokenizer.encode_chat([{"role": "user", "content": text}])
         else:
             ids = loaded.tokenizer.encode(text)
-            print(text, end="", flush=True)
         timed = _Timed(
             generate_ids(
                 loaded.decoder,
@@ -109,6 +108,8 @@ def generate(
                 stop=loaded.tokenizer.stop_ids,
             )
         )
+        if not chat:
+            print(text, end="", flush=True)
         for piece in text_of(timed, loaded.tokenizer, ids):
             print(piece, end="", flush=True)
         print()

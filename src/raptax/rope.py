@@ -29,6 +29,8 @@ def frequencies(rotary_size: int, theta: float = 10000.0) -> Frequencies:
     """``theta ** (-2i / rotary_size)`` radians a position, for i < rotary_size / 2."""
     if rotary_size < 2 or rotary_size % 2:
         raise ValueError(f"rotary_size={rotary_size} must be even and at least 2.")
+    if not theta > 1:
+        raise ValueError(f"theta={theta} must be above 1: later pairs turn slower.")
     return theta ** (-np.arange(0, rotary_size, 2, dtype=np.float64) / rotary_size)
 
 

@@ -1,5 +1,6 @@
 """Models of the Llama family from GGUF files."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
@@ -29,6 +30,15 @@ group of them; or unpacked. The numbers are the same, only speed and memory diff
 
 ARCHITECTURES = ("llama",)
 
+# Known to llama.cpp, but not to this loader: refused rather than ignored.
+UNKNOWN_ROPE_FIELDS = (
+    "rope.scale_linear",
+    "rope.scaling.attn_factor",
+    "rope.scaling.yarn_ext_factor",
+    "rope.scaling.yarn_attn_factor",
+    "rope.scaling.yarn_log_multiplier",
+)
+
 
 def config_from_gguf(file: GGUFFile) -> DecoderConfig:
     """The sizes that a file states.
@@ -43,33 +53,34 @@ def config_from_gguf(file: GGUFFile) -> DecoderConfig:
             f"{file.path} holds a model of architecture {name!r}; raptax runs "
             f"{choices(ARCHITECTURES)}."
         )
-    if experts := _field(file, "expert_count", 0):
+    if experts := file.fields.get(f"{name}.expert_count", 0):
         raise ValueError(
             f"{file.path} has {experts} experts; raptax runs dense models."
         )
     heads, width = (
-        _field(file, "attention.head_count"),
-        _field(file, "embedding_length"),
+        _count(file, "attention.head_count"),
+        _count(file, "embedding_length"),
     )
-    for field in ("attention.head_count", "attention.head_count_kv"):
-        if isinstance(_field(file, field, heads), list):
-            raise ValueError(
-                f"{file.path} has another {field} in each layer; raptax runs models "
-                "whose layers are alike."
-            )
-    if heads < 1:
-        raise ValueError(f"{file.path}: attention.head_count={heads} must be positive.")
+    head_dim = _count(file, "attention.key_length", width // heads)
+    if (value := _count(file, "attention.value_length", head_dim)) != head_dim:
+        raise ValueError(
+            f"{file.path}: attention.value_length={value} must equal the head size "
+            f"{head_dim}."
+        )
+    layers = _count(file, "block_count")
+    if f"blk.{layers}.attn_norm.weight" in file.tensors:
+        raise ValueError(f"{file.path} holds more layers than block_count={layers}.")
     return DecoderConfig(
         vocab_size=_tensor(file, "token_embd.weight").shape[0],
         hidden_size=width,
-        num_layers=_field(file, "block_count"),
+        num_layers=layers,
         num_attention_heads=heads,
-        num_key_value_heads=_field(file, "attention.head_count_kv", heads),
-        head_dim=_field(file, "attention.key_length", width // heads),
-        intermediate_size=_field(file, "feed_forward_length"),
-        rms_norm_eps=_field(file, "attention.layer_norm_rms_epsilon"),
-        max_position=_field(file, "context_length"),
-        sliding_window=_field(file, "attention.sliding_window", None),
+        num_key_value_heads=_count(file, "attention.head_count_kv", heads),
+        head_dim=head_dim,
+        intermediate_size=_count(file, "feed_forward_length"),
+        rms_norm_eps=_number(file, "attention.layer_norm_rms_epsilon"),
+        max_position=_count(file, "context_length"),
+        sliding_window=_count(file, "attention.sliding_window", None),
     )
 
 
@@ -154,25 +165,37 @@ def _layer(
 
 def rope_from_gguf(file: GGUFFile, config: DecoderConfig) -> RotaryEmbedding:
     """Rotary positions: Llama files pair neighbouring lanes, scaled as they say."""
-    size = _field(file, "rope.dimension_count", config.head_dim)
-    theta = _field(file, "rope.freq_base", 10000.0)
+    size = _count(file, "rope.dimension_count", config.head_dim)
+    if size != config.head_dim:
+        raise ValueError(
+            f"{file.path}: rope.dimension_count={size} must equal the head size "
+            f"{config.head_dim}."
+        )
+    for name in UNKNOWN_ROPE_FIELDS:
+        if f"llama.{name}" in file.fields:
+            raise ValueError(f"{file.path} has the field llama.{name}, unknown here.")
+    theta = _number(file, "rope.freq_base", 10000.0)
     inv_freq, attention_scale = frequencies(size, theta), 1.0
     if "rope_freqs.weight" in file.tensors:  # Llama 3's scaling, as divisors
         divisors = file.tensors["rope_freqs.weight"].floats.astype(np.float64)
         inv_freq = _divided(file, inv_freq, divisors)
-    kind = _field(file, "rope.scaling.type", "linear")  # as llama.cpp takes it
-    factor = _field(file, "rope.scaling.factor", 1.0)
+    kind = file.fields.get("llama.rope.scaling.type", "linear")  # as llama.cpp takes it
+    factor = _number(file, "rope.scaling.factor", 1.0)
     match kind:
         case "none":
             pass
         case "linear":
             inv_freq = linear_scaling(inv_freq, factor)
         case "yarn":
-            length = _field(
-                file, "rope.scaling.original_context_length", config.max_position
-            )
             inv_freq = yarn_scaling(
-                inv_freq, factor=factor, theta=theta, original_max_position=length
+                inv_freq,
+                factor=factor,
+                theta=theta,
+                original_max_position=_count(
+                    file, "rope.scaling.original_context_length", config.max_position
+                ),
+                beta_fast=_number(file, "rope.scaling.yarn_beta_fast", 32.0),
+                beta_slow=_number(file, "rope.scaling.yarn_beta_slow", 1.0),
             )
             attention_scale = yarn_attention_scale(factor)
         case _:
@@ -199,13 +222,30 @@ def _divided(
 _REQUIRED: Any = object()
 
 
-def _field(file: GGUFFile, name: str, default: Any = _REQUIRED) -> Any:
-    """A field of the model's architecture, or the default if the file lacks it."""
+def _field(file: GGUFFile, name: str, types: tuple[type, ...], default: Any) -> Any:
+    """A positive number of the model's architecture, or the default if it is lacking."""
     full = f"{file.fields['general.architecture']}.{name}"
-    value = file.fields.get(full, default)
-    if value is _REQUIRED:
+    if (value := file.fields.get(full, default)) is _REQUIRED:
         raise ValueError(f"{file.path} lacks the field {full!r}.")
+    if value is default:
+        return value
+    if isinstance(value, list):
+        raise ValueError(
+            f"{file.path} has another {name} in each layer; raptax runs models whose "
+            "layers are alike."
+        )
+    if type(value) not in types or not 0 < value < math.inf:
+        kind = "a whole number" if float not in types else "a number"
+        raise ValueError(f"{file.path}: {name}={value!r} must be {kind} above 0.")
     return value
+
+
+def _count(file: GGUFFile, name: str, default: Any = _REQUIRED) -> Any:
+    return _field(file, name, (int,), default)
+
+
+def _number(file: GGUFFile, name: str, default: Any = _REQUIRED) -> Any:
+    return _field(file, name, (int, float), default)
 
 
 def _tensor(file: GGUFFile, name: str, shape: tuple[int, ...] | None = None) -> Any:

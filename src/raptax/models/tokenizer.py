@@ -367,7 +367,7 @@ def _per_token(fields, name, vocab):
 
 
 def _check_id(id, size, name="id"):
-    if not 0 <= id < size:
+    if not isinstance(id, int) or not 0 <= id < size:
         raise ValueError(f"{name}={id} is not in the vocabulary of {size} tokens.")
 
 
