@@ -193,6 +193,19 @@ def test_rows_past_the_last_page_are_dropped():
     assert (after.k_pages[1, 2:] == 0).all()
 
 
+@pytest.mark.parametrize(
+    ("rows", "sequences", "pages"), [(0, 3, 9), (4, 0, 9), (4, 3, 0)]
+)
+def test_empty_batches(rows, sequences, pages):
+    cache = PagedKVCache.create(PARAMS, pages=2, sequences=sequences, max_pages=pages)
+    offsets = jnp.zeros(sequences + 1, jnp.int32)
+    new = [x[:rows] for x in SEQUENCES[0]]
+    out, after = cache.append_and_attend(*new, row_offsets=offsets)
+    assert out.shape == (rows, H, E)
+    assert (out == 0).all()
+    assert (after.k_pages == 0).all()
+
+
 def test_the_update_is_in_place():
     cache = empty_cache().with_tables(tables(range(30)), [0, 0, 0])
     before = (

@@ -88,6 +88,8 @@ def append(
     """Writes each row of ``new`` at its place; rows that have none are dropped."""
     N, P = pages.shape[1], pages.shape[3]
     M = table.shape[1]
+    if not new.size or not table.size:
+        return pages
     sequence, position, real = places(new.shape[0], lengths, row_offsets)
     page = table[sequence, jnp.minimum(position // P, M - 1)]
     real &= (position < M * P) & (page >= 0)
@@ -125,6 +127,8 @@ def attend(
     past a sequence's length are not read, and those its mask empties not multiplied.
     """
     D = query.shape[-1]
+    if not query.size or not table.size:
+        return jnp.zeros((*query.shape[:2], v_pages.shape[4]), query.dtype)
     scale, score_mod = with_scale(D**-0.5 if scale is None else scale, score_mod)
     pages = k_pages, v_pages
     work = _Work(query, pages, table, lengths, row_offsets, layer)
