@@ -110,8 +110,13 @@ LOW_PRECISION = (
 )
 
 
-@pytest.mark.parametrize("problem", LOW_PRECISION)
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bf16", "f16"])
+CASES = [
+    *((problem, jnp.bfloat16) for problem in LOW_PRECISION),
+    *((problem, jnp.float16) for problem in ("causal tiles", "soft cap", "odd sizes")),
+]
+
+
+@pytest.mark.parametrize(("problem", "dtype"), CASES)
 @ALL
 def test_low_precision(name, problem, dtype):
     """FlashAttention's rule: at most twice the error of a plain implementation."""

@@ -10,6 +10,7 @@ reads the old one afterwards. Rows that belong to no sequence, and table entries
 name no page, are dropped: no page is set aside for rubbish, so none can be read.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -86,10 +87,14 @@ def append(
     layer: int | Int[Array, ""],
 ) -> Float[Array, "L N K P D"]:
     """Writes each row of ``new`` at its place; rows that have none are dropped."""
-    N, P = pages.shape[1], pages.shape[3]
-    M = table.shape[1]
     if not new.size or not table.size:
         return pages
+    return _append(pages, new, table, lengths, row_offsets, layer)
+
+
+@jax.jit
+def _append(pages, new, table, lengths, row_offsets, layer):
+    N, P, M = pages.shape[1], pages.shape[3], table.shape[1]
     sequence, position, real = places(new.shape[0], lengths, row_offsets)
     page = table[sequence, jnp.minimum(position // P, M - 1)]
     real &= (position < M * P) & (page >= 0)
@@ -132,12 +137,17 @@ def attend(
     scale, score_mod = with_scale(D**-0.5 if scale is None else scale, score_mod)
     pages = k_pages, v_pages
     work = _Work(query, pages, table, lengths, row_offsets, layer)
-    rules = _Rules(as_mod(mask_mod), score_mod, scale)
+    return _attend(work, as_mod(mask_mod), score_mod, scale=scale)
+
+
+@functools.partial(jax.jit, static_argnames="scale")
+def _attend(work: "_Work", mask_mod, score_mod, *, scale):
+    rules, query = _Rules(mask_mod, score_mod, scale), work.query
     _, done = lax.scan(lambda _, n: (None, _task(work, rules, n)), None, work.tasks)
     # done (tasks, rows, H, E): back to one row after another
     R, rows = query.shape[0], work.rows
-    sequence, _, real = places(R, lengths, row_offsets)
-    row = jnp.arange(R, dtype=jnp.int32) - row_offsets[sequence]
+    sequence, _, real = places(R, work.lengths, work.row_offsets)
+    row = jnp.arange(R, dtype=jnp.int32) - work.row_offsets[sequence]
     task = work.first_task(sequence) + row // rows
     out = done[jnp.clip(task, 0, done.shape[0] - 1), row % rows]
     return jnp.where(real[:, None, None], out, 0)
