@@ -13,7 +13,7 @@ from pathlib import Path
 PACKAGE = "raptax"
 FLOORS = [
     ["_types", "_errors", "_pytree"],
-    ["mods", "block_mask", "rope", "quant"],
+    ["mods", "intervals", "block_mask", "rope", "quant"],
     ["kernels"],
     ["dispatch"],
     ["caches"],

@@ -132,7 +132,7 @@ def lift(
     def run(arrays: list[jax.Array], *args: Any) -> jax.Array:
         return jax.core.eval_jaxpr(closed.jaxpr, arrays, *args)[0]
 
-    return run, list(closed.consts)
+    return run, [jnp.asarray(x) for x in closed.consts]
 
 
 class Fixed(NamedTuple):

@@ -1,0 +1,198 @@
+"""What masks share: the operators, the combinators and how they read arrays."""
+
+import functools
+import operator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from .._pytree import pytree, static
+from .._types import MaskMod
+
+
+class Mask:
+    """What every mask value shares: the operators."""
+
+    def __and__(self, other: MaskMod) -> "And":
+        return And(as_mod(self), as_mod(other))
+
+    def __rand__(self, other: MaskMod) -> "And":
+        return And(as_mod(other), as_mod(self))
+
+    def __or__(self, other: MaskMod) -> "Or":
+        return Or(as_mod(self), as_mod(other))
+
+    def __ror__(self, other: MaskMod) -> "Or":
+        return Or(as_mod(other), as_mod(self))
+
+    def __xor__(self, other: MaskMod) -> "Xor":
+        return Xor(as_mod(self), as_mod(other))
+
+    def __rxor__(self, other: MaskMod) -> "Xor":
+        return Xor(as_mod(other), as_mod(self))
+
+    def __invert__(self) -> "Not":
+        return Not(as_mod(self))
+
+
+@pytree
+class FunctionMod(Mask):
+    """A plain function as a value; equal when it is the same function."""
+
+    function: Any = static()
+
+    def __call__(self, *args: jax.Array) -> jax.Array:
+        return self.function(*args)
+
+
+def as_mod(mod: Any) -> Any:
+    """``mod`` itself if JAX can look inside it or it is None; else a `FunctionMod`."""
+    if mod is None or not jax.tree_util.all_leaves([mod]):
+        return mod
+    if not callable(mod):
+        raise ValueError(f"a mask_mod or score_mod must be callable; got {mod!r}.")
+    return FunctionMod(mod)
+
+
+def apply_mask(mask_mod: MaskMod, *at: jax.Array) -> jax.Array:
+    """``mask_mod(*at)``, after a check that it says yes or no."""
+    allowed = mask_mod(*at)
+    if allowed.dtype != bool:
+        raise ValueError(
+            f"mask_mod={mask_mod} must return booleans, True where a query may attend; "
+            f"it returned {allowed.dtype}."
+        )
+    return allowed
+
+
+@pytree
+class And(Mask):
+    """Allowed by both; written ``first & second``."""
+
+    first: Any
+    second: Any
+
+    def __call__(self, b_idx, h_idx, q_idx, kv_idx):
+        at = b_idx, h_idx, q_idx, kv_idx
+        return self.first(*at) & self.second(*at)
+
+
+@pytree
+class Or(Mask):
+    """Allowed by either; written ``first | second``."""
+
+    first: Any
+    second: Any
+
+    def __call__(self, b_idx, h_idx, q_idx, kv_idx):
+        at = b_idx, h_idx, q_idx, kv_idx
+        return self.first(*at) | self.second(*at)
+
+
+@pytree
+class Xor(Mask):
+    """Allowed by one and not by the other; written ``first ^ second``."""
+
+    first: Any
+    second: Any
+
+    def __call__(self, b_idx, h_idx, q_idx, kv_idx):
+        at = b_idx, h_idx, q_idx, kv_idx
+        return self.first(*at) ^ self.second(*at)
+
+
+@pytree
+class Not(Mask):
+    """Allowed where ``mask`` is not; written ``~mask``."""
+
+    mask: Any
+
+    def __call__(self, b_idx, h_idx, q_idx, kv_idx):
+        return ~self.mask(b_idx, h_idx, q_idx, kv_idx)
+
+
+def and_masks(*masks: MaskMod) -> MaskMod:
+    """Allowed by every one of ``masks``; at least one is needed."""
+    return functools.reduce(operator.and_, map(as_mod, masks))
+
+
+def or_masks(*masks: MaskMod) -> MaskMod:
+    """Allowed by any one of ``masks``; at least one is needed."""
+    return functools.reduce(operator.or_, map(as_mod, masks))
+
+
+@pytree
+class Offset(Mask):
+    """``mod`` with ``q`` added to query positions and ``kv`` to key positions.
+
+    Each is one number, or one per sequence. ``Offset(Causal(), q=T - S)`` aligns the
+    first query with the first key, as ``query_start=0`` does for every mod at once.
+    Takes score changes as well as masks.
+    """
+
+    mod: Any
+    q: int | Int[Array, ""] | Int[Array, " B"] = 0
+    kv: int | Int[Array, ""] | Int[Array, " B"] = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "mod", as_mod(self.mod))
+
+    def __call__(self, *at):
+        *before, q_idx, kv_idx = at
+        q, kv = (per_sequence(shift, before[-2]) for shift in (self.q, self.kv))
+        return self.mod(*before, q_idx + q, kv_idx + kv)
+
+
+@pytree
+class PerHead(Mask):
+    """Head ``h`` follows ``masks[which[h]]``."""
+
+    masks: tuple[Any, ...]
+    which: Int[Array, " H"]
+
+    def __post_init__(self) -> None:
+        if not self.masks:
+            raise ValueError("masks=() must hold at least one mask.")
+        object.__setattr__(self, "masks", tuple(map(as_mod, self.masks)))
+
+    def __call__(self, b_idx, h_idx, q_idx, kv_idx):
+        which = jnp.asarray(self.which)[h_idx]
+        first, *others = (mask(b_idx, h_idx, q_idx, kv_idx) for mask in self.masks)
+        for number, allowed in enumerate(others, 1):
+            first = jnp.where(which == number, allowed, first)
+        return first
+
+
+# ---------------------------------------------------------------------- numbers, arrays
+
+
+def at_least(least: int, **numbers: int | None) -> None:
+    """Raises ValueError for a number below ``least``; None is no number."""
+    for name, number in numbers.items():
+        if number is not None and number < least:
+            raise ValueError(f"{name}={number} must be at least {least}.")
+
+
+def per_sequence(numbers: Any, b_idx: jax.Array) -> jax.Array:
+    """One whole number per sequence, or one for all, to stand beside the indices."""
+    numbers = jnp.asarray(numbers).astype(jnp.int32)
+    return numbers[b_idx] if numbers.size > 1 else numbers.reshape(())
+
+
+def within(index: jax.Array, length: int) -> jax.Array:
+    """Whether an axis of ``length`` has such an entry."""
+    return (index >= 0) & (index < length)
+
+
+def entries(array: jax.Array, *indices: jax.Array) -> jax.Array:
+    """``array[indices]``, where an axis of length 1 serves every index.
+
+    An index beyond the end of a longer axis reads its last entry, and one below 0 the
+    first. An empty array gives 0.
+    """
+    if array.size == 0:
+        return jnp.zeros((), array.dtype)
+    at = zip(indices, array.shape, strict=True)
+    return array[tuple(jnp.clip(i, 0, n - 1) if n > 1 else 0 for i, n in at)]
