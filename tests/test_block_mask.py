@@ -142,6 +142,7 @@ LEAVES = st.builds(
 STARTS = {"end": None, "first": 0, "own": np.array([3, -4], np.int32)}
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(
     st.recursive(LEAVES, grow, max_leaves=4),

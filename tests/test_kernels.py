@@ -15,6 +15,8 @@ from tests.problems import PROBLEMS, Problem
 
 KERNEL = {kernel.name: kernel for kernel in KERNELS}
 ALL = pytest.mark.parametrize("name", KERNEL)
+REST = [pytest.param(n, marks=pytest.mark.slow) for n in KERNEL if n != "blockwise"]
+BLOCKWISE_FIRST = pytest.mark.parametrize("name", ["blockwise", *REST])
 
 
 def run(attend, problem: Problem, dtype):
@@ -61,7 +63,7 @@ def check_declines(kernel, problem: Problem, dtype) -> bool:
 
 
 @pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
-@ALL
+@BLOCKWISE_FIRST
 def test_float32(name, problem):
     kernel = KERNEL[name]
     if check_declines(kernel, problem, jnp.float32):
@@ -117,7 +119,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("problem", "dtype"), CASES)
-@ALL
+@BLOCKWISE_FIRST
 def test_low_precision(name, problem, dtype):
     """FlashAttention's rule: at most twice the error of a plain implementation."""
     kernel, problem = KERNEL[name], PROBLEMS[problem]
