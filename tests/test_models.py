@@ -116,6 +116,7 @@ def test_a_batch_is_its_sequences(tmp_path):
 # How weights lie in memory
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["4 bits", "biases", "mixed K-quants"])
 def test_every_form_of_weights_is_the_same_model(tmp_path, name):
     path = tiny.write(tmp_path / "tiny.gguf", **MODELS[name])
