@@ -68,6 +68,27 @@ def document_ids(p: Problem) -> jax.Array:
     return jnp.asarray(np.arange(p.S)[None] // 29 + np.arange(p.B)[:, None], jnp.int32)
 
 
+def numbers(p: Problem, *shape: int) -> jax.Array:
+    return jnp.asarray(p.random(*shape, seed=4), jnp.float32)
+
+
+def lopsided(p: Problem) -> jax.Array:
+    """A bias of keys that leaves the second sequence only one of them."""
+    bias = numbers(p, p.B, 1, 1, p.S)
+    return bias.at[1, :, :, 1:].set(-jnp.inf)
+
+
+def tiles(p: Problem, mask_mod: Any) -> raptax.BlockMask:
+    return raptax.create_block_mask(
+        mask_mod & Causal(),
+        batch=p.B,
+        heads=p.H,
+        seq_q=p.T,
+        seq_kv=p.S,
+        block=(48, 32),
+    )
+
+
 def every_third(b_idx, h_idx, q_idx, kv_idx):
     return (q_idx + kv_idx + h_idx) % 3 == 0
 
@@ -124,6 +145,44 @@ TABLE = (
         ),
     ),
     Problem("composed", options=lambda p: dict(score_mod=capped_alibi(p))),
+    Problem(
+        "bias",
+        S=300,
+        options=lambda p: dict(bias=numbers(p, 1, p.H, p.T, p.S), score_mod=SoftCap(2)),
+    ),
+    Problem(
+        "row bias",
+        T=260,
+        S=260,
+        options=lambda p: dict(bias=numbers(p, p.B, 1, p.T, 1), mask_mod=Causal()),
+    ),
+    Problem("key bias", S=300, options=lambda p: dict(bias=lopsided(p))),
+    Problem(
+        "sinks",  # the first 235 queries see nothing else
+        T=300,
+        S=65,
+        options=lambda p: dict(
+            sinks=numbers(p, p.H), mask_mod=Causal(), return_lse=True
+        ),
+    ),
+    Problem(
+        "log-sum-exp",  # the first 235 queries have none
+        T=300,
+        S=65,
+        options=lambda p: dict(mask_mod=SlidingWindow(40), return_lse=True),
+    ),
+    Problem(
+        "block mask",  # tiles of its own size, cut short at both ends
+        T=257,
+        S=257,
+        options=lambda p: dict(mask_mod=tiles(p, Documents(document_ids(p)))),
+    ),
+    Problem(
+        "block mask of a chunk",
+        T=70,
+        S=257,
+        options=lambda p: dict(mask_mod=tiles(p, SlidingWindow(40)), return_lse=True),
+    ),
     Problem("own scale", options=lambda p: dict(scale=0.7)),
     Problem("array scale", options=lambda p: dict(scale=jnp.float32(0.7))),
     Problem("value size", D=24, E=40, options=lambda p: dict(mask_mod=Causal())),

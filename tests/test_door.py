@@ -1,5 +1,7 @@
 """`attention`, `explain` and the checks at the door."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,6 +48,67 @@ def test_explain_says_what_each_kernel_answers():
         explain(*qkv(), kernel="flash")
 
 
+LACKS = {  # of jax_nn; the other kernels lack nothing
+    "no score_mod": dict(score_mod=SoftCap(1.0)),
+    "bias is -inf": dict(bias=jnp.zeros((1, 1, 1, 6))),
+    "no sinks": dict(sinks=jnp.zeros(4)),
+    "log-sum-exp": dict(return_lse=True),
+    "the mean of the values": dict(mask=jnp.ones((1, 1, 6, 6), bool)),
+    "no dropout": dict(
+        dropout_rng=jax.random.key(0), dropout_rate=0.5, deterministic=False
+    ),
+    "not Not": dict(mask_mod=~Causal()),
+    "not BlockMask": dict(
+        mask_mod=raptax.create_block_mask(Causal(), seq_q=6, seq_kv=6)
+    ),
+    "not Segments": dict(segment_ids=jnp.zeros((1, 6), jnp.int32)),
+    "not KeyLengths": dict(key_lengths=jnp.array([3], jnp.int32)),
+    "not QueryLengths": dict(query_lengths=jnp.array([3], jnp.int32)),
+    "no query_start": dict(mask_mod=Causal(), query_start=0),
+    "a number, not an array": dict(scale=jnp.float32(0.5)),
+}
+
+
+@pytest.mark.parametrize("said", LACKS)
+def test_what_a_kernel_lacks_it_says(said):
+    """Named, it raises; asked, it tells; left alone, another one runs."""
+    with pytest.raises(Unsupported, match=f"kernel='jax_nn' cannot run this: .*{said}"):
+        attention(*qkv(), **LACKS[said], kernel="jax_nn")
+    told = explain(*qkv(), **LACKS[said]).splitlines()
+    assert told[0].startswith("jax_nn     cannot: ")
+    assert said in told[0]
+    assert told[1:] == explain(*qkv()).splitlines()[1:]
+    attention(*qkv(), **LACKS[said])
+
+
+@pytest.mark.parametrize(
+    ("arrays", "said"),
+    [
+        (dict(q=(1, 4, 5, 8)), "when lengths differ"),
+        (dict(v=(1, 2, 6, 7)), "one head size for keys and values"),
+        (dict(k=(1, 2, 0, 8), v=(1, 2, 0, 8)), "at least one query and one key"),
+    ],
+)
+def test_what_sizes_a_kernel_lacks_it_says(arrays, said):
+    causal = {} if "least" in said else dict(mask_mod=Causal())
+    with pytest.raises(Unsupported, match=said):
+        attention(*qkv(**arrays), **causal, kernel="jax_nn")
+    assert said in explain(*qkv(**arrays), **causal).splitlines()[0]
+
+
+def test_every_option_reaches_every_kernel():
+    """What `attention` takes for itself aside, a kernel that runs takes all of it."""
+    own = {"kernel", "segment_ids", "query_lengths", "key_lengths"}
+    options = inspect.signature(attention).parameters.keys() - own
+    for kernel in raptax.KERNELS:
+        assert inspect.signature(kernel.run).parameters.keys() == options
+    assert inspect.signature(raptax.AttentionFn.__call__).parameters.keys() == (
+        options | {"self"}
+    )
+    with pytest.raises(TypeError, match="attention\\(\\) takes no 'mask_mods'"):
+        explain(*qkv(), mask_mods=Causal())
+
+
 @pytest.mark.parametrize(
     ("arrays", "named"),
     [
@@ -67,7 +130,11 @@ def test_shapes_that_do_not_fit(unchecked, arrays, named, kernel):
     [
         (dict(mask=jnp.ones((1, 1, 6, 6))), "mask must be boolean"),
         (dict(mask=jnp.ones((1, 3, 6, 6), bool)), "must broadcast to"),
-        (dict(mask=jnp.ones((6, 6), bool)), "must broadcast to"),
+        (dict(mask=jnp.ones((6, 5), bool)), "must broadcast to"),
+        (dict(mask=jnp.ones((1, 1, 1, 6, 6), bool)), "must broadcast to"),
+        (dict(bias=jnp.ones((1, 3, 6, 6))), "must broadcast to"),
+        (dict(bias=jnp.ones((6, 6), bool)), "bias must be of floats"),
+        (dict(sinks=jnp.ones(3)), "must be one number for each of"),
         (dict(dropout_rate=1.0), r"must lie in \[0, 1\)"),
         (dict(dropout_rate=0.5, deterministic=False), "needs a dropout_rng"),
         (dict(mask_mod="causal"), "must be callable; got 'causal'"),

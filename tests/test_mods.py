@@ -127,6 +127,12 @@ MASKS = {
         lambda: raptax.documents_from_lengths(jnp.zeros(0, jnp.int32), seq=S),
         lambda b, h, q, k: False,
     ),
+    "segments": (
+        lambda: raptax.Segments(jnp.asarray(IDS[:, ::-1]), jnp.asarray(IDS), 2),
+        lambda b, h, q, k: (
+            within(IDS[b], q - 2) and within(IDS[b], k) and IDS[b, 14 - q] == IDS[b, k]
+        ),
+    ),
     "ranges": (
         lambda: raptax.KeyRanges(jnp.asarray(STARTS), jnp.asarray(STOPS)),
         lambda b, h, q, k: within(STARTS[b], q) and STARTS[b, q] <= k < STOPS[b, q],
@@ -267,6 +273,10 @@ SCORES = {
     "offset bias": (
         lambda: raptax.Offset(raptax.RelativeBias(jnp.asarray(CLIPPED)), kv=2),
         lambda x, b, h, q, k: x + CLIPPED[h, min(max(k + 2 - q, -3), 3) + 3],
+    ),
+    "masked": (
+        lambda: raptax.MaskedScore(raptax.SlidingWindow(3)),
+        lambda score, b, h, q, k: score if q - 3 < k <= q else -np.inf,
     ),
     "log n": (
         lambda: raptax.LogN(5),
@@ -409,3 +419,26 @@ def test_nothing_to_see():
     at = position_indices(1, 1, query_positions(0, 3, 0), jnp.zeros(0, jnp.int32))
     for build, _ in MASKS.values():
         assert build()(*at).shape[-1] in (0, 1)
+
+
+def test_masks_of_two_types_have_two_structures():
+    """Or jit may take the program of one for the other, whose arrays look alike."""
+    ids = jnp.zeros((2, 3), jnp.int32)
+    values = [
+        raptax.Documents(ids),
+        raptax.BidirectionalSpans(ids),
+        raptax.KeyLengths(ids[0]),
+        raptax.QueryLengths(ids[0]),
+        raptax.PrefixLM(ids[0]),
+        raptax.Causal() & raptax.Documents(ids),
+        raptax.Causal() | raptax.Documents(ids),
+        raptax.Causal() & raptax.BidirectionalSpans(ids),
+        ~raptax.Documents(ids),
+        raptax.SlidingWindow(3),
+        raptax.SlidingWindow(4),
+        raptax.Chunked(3),
+    ]
+    structures = [jax.tree.structure(value) for value in values]
+    for n, structure in enumerate(structures):
+        assert structure == jax.tree.structure(values[n])
+        assert all(structure != other for other in structures[:n])

@@ -12,10 +12,10 @@ from pathlib import Path
 
 PACKAGE = "raptax"
 FLOORS = [
-    ["_types", "_errors", "_pytree"],
+    ["_types", "_errors", "_pytree", "_linear"],
     ["mods", "intervals", "block_mask", "rope", "quant"],
     ["kernels"],
-    ["dispatch"],
+    ["dispatch", "varlen", "ring", "names"],
     ["caches"],
     ["layers"],
     ["maxtext"],

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 
 class Unsupported(NotImplementedError):
@@ -61,15 +62,37 @@ def check_mask(mask: jax.Array | None, shape: tuple[int, int, int, int]) -> None
     if mask.dtype != bool:
         raise ValueError(
             f"mask must be boolean, True where a query may attend; got {mask.dtype}. "
-            "An additive bias is a score_mod."
+            "Numbers to add to the scores are a bias."
         )
-    fits = mask.ndim == 4 and all(
-        m in (1, s) for m, s in zip(mask.shape, shape, strict=True)
-    )
+    _check_broadcast("mask", mask, shape)
+
+
+def check_bias(bias: jax.Array | None, shape: tuple[int, int, int, int]) -> None:
+    """Raises ValueError unless ``bias`` is of floats and broadcasts to ``shape``."""
+    if bias is None:
+        return
+    if not jnp.issubdtype(bias.dtype, jnp.floating):
+        raise ValueError(
+            f"bias must be of floats, which are added to the scores; got {bias.dtype}. "
+            "Booleans that say who may attend are a mask."
+        )
+    _check_broadcast("bias", bias, shape)
+
+
+def _check_broadcast(name: str, x: jax.Array, shape: tuple[int, int, int, int]) -> None:
+    fits = x.ndim == 4 and all(m in (1, s) for m, s in zip(x.shape, shape, strict=True))
     if not fits:
         raise ValueError(
-            f"mask {mask.shape} must broadcast to (batch, heads, queries, keys) = "
+            f"{name} {x.shape} must broadcast to (batch, heads, queries, keys) = "
             f"{shape}, one axis each."
+        )
+
+
+def check_sinks(sinks: jax.Array | None, heads: int) -> None:
+    """Raises ValueError unless there is one sink for each query head."""
+    if sinks is not None and sinks.shape != (heads,):
+        raise ValueError(
+            f"sinks {sinks.shape} must be one number for each of {heads} query heads."
         )
 
 

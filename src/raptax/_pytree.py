@@ -49,5 +49,39 @@ def pytree(cls: type[T]) -> type[T]:
     cls = dataclasses.dataclass(frozen=True, eq=False)(cls)
     cls.__eq__ = _equal  # type: ignore[method-assign]
     cls.__hash__ = _hash  # type: ignore[method-assign]
-    # JAX maps over trees: shapes or specs may stand where a field's arrays stood.
-    return no_type_check(jax.tree_util.register_dataclass(cls))
+    _register(cls)
+    return no_type_check(cls)  # shapes or specs may stand where arrays stood
+
+
+def _register(cls: type) -> None:
+    """Makes ``cls`` a tree node whose structure names its type.
+
+    `jax.tree_util.register_dataclass` leaves that out of the comparison (jaxlib 0.10):
+    two types with fields alike have equal structures, and jit may run the program of
+    the one for the other.
+    """
+    fields = dataclasses.fields(cls)
+    fixed = [f.name for f in fields if f.metadata.get("static")]
+    leaves = [f.name for f in fields if not f.metadata.get("static")]
+
+    def structure(x: Any) -> tuple[Any, ...]:
+        return (cls, *(getattr(x, name) for name in fixed))
+
+    def flatten(x: Any) -> tuple[list[Any], tuple[Any, ...]]:
+        return [getattr(x, name) for name in leaves], structure(x)
+
+    def flatten_with_keys(x: Any) -> tuple[list[Any], tuple[Any, ...]]:
+        keys = map(jax.tree_util.GetAttrKey, leaves)
+        children, known = flatten(x)
+        return list(zip(keys, children, strict=True)), known
+
+    def unflatten(known: tuple[Any, ...], children: Any) -> Any:
+        x: Any = object.__new__(
+            cls
+        )  # checked when it was made; now it may hold anything
+        named = [*zip(fixed, known[1:], strict=True)]
+        for name, value in (*named, *zip(leaves, children, strict=True)):
+            object.__setattr__(x, name, value)
+        return x
+
+    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)

@@ -20,7 +20,7 @@ is ``S - T`` unless given: the last query sees the last key. Masks and score cha
 rules on these positions, so they mean the same in training, prefill and decode.
 """
 
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,14 @@ Indices = tuple[
 
 DropoutKey = PRNGKeyArray | UInt32[Array, "2"]
 """A key from ``jax.random.key``, or the older pair of words from ``PRNGKey``."""
+
+
+if TYPE_CHECKING:  # callers know which of the two they asked for
+    Attended = Any
+else:
+    _Output, _LogSumExp = Float[Array, "B H T E"], Float[Array, "B H T"]
+    Attended = _Output | tuple[_Output, _LogSumExp]
+"""What a kernel returns: the output, or with ``return_lse`` a pair; see `AttentionFn`."""
 
 
 @runtime_checkable
@@ -85,7 +93,7 @@ class MaskMod(Protocol):
 class AttentionFn(Protocol):
     """A kernel: projected q, k, v in, attended values out, no parameters.
 
-    Computes ``softmax(score_mod(scale * q @ k.T)) @ v`` over the keys that both
+    Computes ``softmax(score_mod(scale * q @ k.T + bias)) @ v`` over the keys that both
     ``mask`` and ``mask_mod`` allow. Query head ``h`` reads kv head ``h // (H // K)``.
     A query that may see no key returns zeros, never NaN, and its gradients are zero.
     A NaN or Inf in a key or value that a query may not see never reaches its output; a
@@ -94,16 +102,27 @@ class AttentionFn(Protocol):
     Args:
         query: Accumulation is float32, or wider if this dtype is.
         mask: True means "may attend". Combined with ``mask_mod`` by "and".
-        mask_mod: A rule on positions; see `MaskMod`.
-        score_mod: A change of the scaled scores; see `ScoreMod`.
+        mask_mod: A rule on positions; see `MaskMod`. A `BlockMask` too, made for these
+            lengths: its tiles save a kernel the search for empty ones.
+        score_mod: A change of the scaled and biased scores; see `ScoreMod`.
+        bias: Added to the scaled scores.
+        sinks: For each query head, the score of one more key whose value is zero. It
+            takes its share of every row's softmax. Xiao et al. 2023, arXiv:2309.17453,
+            appendix; learned as in gpt-oss.
         scale: Defaults to ``D ** -0.5``.
         query_start: Absolute position of the first query. Defaults to ``S - T``.
         dropout_rng: Key for dropout on the attention weights.
         dropout_rate: Probability that a weight is dropped, in ``[0, 1)``.
         deterministic: True turns dropout off.
+        return_lse: Also return the natural logarithm of each row's sum of exponentials,
+            its sink's included, in the dtype of accumulation. -inf for a row that sees
+            nothing. `merge` puts partial results together by it.
 
     Returns:
-        The query's dtype and the value's head size.
+        The output, in the query's dtype and with the value's head size; with
+        ``return_lse`` the pair of it and the log-sum-exp. Derivatives reach the query,
+        key, value, bias, sinks, an array scale, and all arrays of floats that the
+        score_mod carries or captures.
 
     Raises:
         Unsupported: This kernel cannot do what is asked. Raised before any work, and
@@ -119,12 +138,15 @@ class AttentionFn(Protocol):
         mask: Bool[Array, "#B #H #T #S"] | None = None,
         mask_mod: MaskMod | None = None,
         score_mod: ScoreMod | None = None,
+        bias: Float[Array, "#B #H #T #S"] | None = None,
+        sinks: Float[Array, " H"] | None = None,
         scale: float | Float[Array, ""] | None = None,
         query_start: int | Int[Array, ""] | Int[Array, "B"] | None = None,
         dropout_rng: DropoutKey | None = None,
         dropout_rate: float = 0.0,
         deterministic: bool = True,
-    ) -> Float[Array, "B H T E"]: ...
+        return_lse: bool = False,
+    ) -> Attended: ...
 
 
 def position_indices(

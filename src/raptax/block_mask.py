@@ -80,6 +80,10 @@ class BlockMask:
                     f"one with create_block_mask(..., {name}={wanted})."
                 )
 
+    def __call__(self, b_idx, h_idx, q_idx, kv_idx):
+        """Who may attend, as any mask says; see `MaskMod`."""
+        return self.mask_mod(b_idx, h_idx, q_idx, kv_idx)
+
     def __str__(self) -> str:
         """What it is, and a picture of the first sequence's first head."""
         B, H = self.kinds.shape[:2]
@@ -89,6 +93,28 @@ class BlockMask:
             return f"{head}, traced)"
         picture = _draw(np.asarray(self.kinds)[:1, :1].reshape(self.kinds.shape[2:]))
         return "\n".join([f"{head}, {self.sparsity():.2f}% empty)", *picture])
+
+
+def first_position(
+    mask_mod: MaskMod | None,
+    query_start: int | jax.Array | None,
+    shape: tuple[int, int, int, int],
+) -> int | jax.Array:
+    """Where queries start in scores of shape (B, H, T, S): where a block mask says.
+
+    Raises:
+        ValueError: A block mask for another shape, or two answers to the question.
+    """
+    B, H, T, S = shape
+    if not isinstance(mask_mod, BlockMask):
+        return S - T if query_start is None else query_start
+    mask_mod.check(T, S, batch=B, heads=H)
+    if query_start is not None:
+        raise ValueError(
+            f"query_start={query_start} belongs to create_block_mask here: the tiles of "
+            "a block mask are decided for one."
+        )
+    return mask_mod.query_start
 
 
 def create_block_mask(
@@ -156,16 +182,32 @@ def _create(mask_mod, start, grid, batch, heads):
     """`create_block_mask` where there is something to decide."""
     differ = _axes_that_matter(mask_mod, start, batch, heads)
     rows = tuple(size or 1 for size in differ)
-    starts = start[: rows[0]]
-    found = _by_intervals(mask_mod, starts, grid, rows)
+    kinds, unsure = _kinds_by_intervals(mask_mod, start[: rows[0]], grid, rows)
+    if unsure:
+        kinds = _look_at_partial(mask_mod, start[: rows[0]], grid, kinds)
+    kinds = kinds.transpose(2, 3, 0, 1)
+    return BlockMask(kinds, mask_mod, start, grid.block, grid.lengths, *differ)
+
+
+def tile_kinds(
+    mask_mod: MaskMod, start: Int[Array, " #B"], grid: Grid, batch: int, heads: int
+) -> Int8[Array, "#B #H QT KT"]:
+    """The kinds of a `BlockMask`, as far as they can be told without a look at scores."""
+    rows = tuple(size or 1 for size in _axes_that_matter(mask_mod, start, batch, heads))
+    kinds, _ = _kinds_by_intervals(mask_mod, start[: rows[0]], grid, rows)
+    return kinds.transpose(2, 3, 0, 1)
+
+
+def _kinds_by_intervals(
+    mask_mod: MaskMod, start: jax.Array, grid: Grid, rows: tuple[int, ...]
+) -> tuple[jax.Array, bool]:
+    """Kinds (QT, KT, B, H), and whether a look at partial tiles could tell more."""
+    found = _by_intervals(mask_mod, start, grid, rows)
     if found.lo is None:
         kinds = jnp.full((*grid.shape, *rows), PARTIAL, jnp.int8)
     else:
         kinds = found.lo.astype(jnp.int8) + found.hi.astype(jnp.int8)
-    if found.unsure:
-        kinds = _look_at_partial(mask_mod, starts, grid, kinds)
-    kinds = kinds.transpose(2, 3, 0, 1)
-    return BlockMask(kinds, mask_mod, start, grid.block, grid.lengths, *differ)
+    return kinds, bool(found.unsure)
 
 
 def _one_score(start: jax.Array, batch: int, heads: int) -> Indices:

@@ -1,5 +1,6 @@
 """The door: one call that picks a kernel, and one that says how it picked."""
 
+import inspect
 from typing import Any
 
 import jax
@@ -7,15 +8,21 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ._errors import (
     Unsupported,
+    check_bias,
     check_dropout,
     check_groups,
     check_mask,
     check_qkv,
+    check_sinks,
     choices,
 )
-from ._types import DropoutKey, MaskMod, ScoreMod
+from ._types import Attended, DropoutKey, MaskMod, ScoreMod
+from .block_mask import BlockMask
 from .kernels import KERNELS, Kernel, paged
-from .mods import Causal
+from .mods import Causal, KeyLengths, QueryLengths, Segments, and_masks, split_mask
+
+SegmentIds = Int[Array, "B S"] | tuple[Int[Array, "B T"], Int[Array, "B S"]]
+"""Ids of keys and queries alike, or of queries and keys apart."""
 
 
 def attention(
@@ -23,44 +30,119 @@ def attention(
     key: Float[Array, "B K S D"],
     value: Float[Array, "B K S E"],
     *,
-    mask: Bool[Array, "#B #H #T #S"] | None = None,
+    mask: Bool[Array, "..."] | None = None,
     mask_mod: MaskMod | None = None,
     score_mod: ScoreMod | None = None,
+    bias: Float[Array, "..."] | None = None,
+    sinks: Float[Array, " H"] | None = None,
     scale: float | Float[Array, ""] | None = None,
+    segment_ids: SegmentIds | None = None,
+    query_lengths: Int[Array, " B"] | None = None,
+    key_lengths: Int[Array, " B"] | None = None,
     query_start: int | Int[Array, ""] | Int[Array, " B"] | None = None,
     dropout_rng: DropoutKey | None = None,
     dropout_rate: float = 0.0,
     deterministic: bool = True,
+    return_lse: bool = False,
     kernel: str | None = None,
-) -> Float[Array, "B H T E"]:
+) -> Attended:
     """Attends with the first kernel in `KERNELS` that can, or with the one named.
 
-    See `AttentionFn` for the arguments and for what is computed. The choice changes how
-    fast, never what. `explain` says what each kernel answers.
+    See `AttentionFn` for what is computed and for the arguments that are not described
+    here. The choice of a kernel changes how fast, never what. `explain` says what each
+    kernel answers.
 
     Args:
+        mask: As in `AttentionFn`, of any rank that broadcasts to (B, H, T, S).
+        bias: Likewise.
+        segment_ids: For packed sequences; a query sees the keys with its own id. One
+            array (B, S) where there are as many queries as keys, or a pair for queries
+            (B, T) and keys (B, S).
+        query_lengths: Sequence ``b`` has so many queries; later rows are padding, whose
+            output is zero.
+        key_lengths: Sequence ``b`` has so many keys; later ones are seen by nobody.
+        query_start: Defaults to ``key_lengths - query_lengths``: the last query of each
+            sequence stands at its last key, padding left aside.
         kernel: A name from `KERNELS`. Naming one turns "cannot" into an error.
 
     Raises:
         ValueError: Shapes or dtypes do not fit, or no kernel has this name.
         Unsupported: The kernel named cannot do what is asked.
     """
-    check_qkv(query, key, value)
-    B, H, T, _ = query.shape
-    check_mask(mask, (B, H, T, key.shape[2]))
-    check_dropout(dropout_rng, dropout_rate, deterministic)
-    problem: dict[str, Any] = dict(
+    options = dict(
         mask=mask,
         mask_mod=mask_mod,
         score_mod=score_mod,
+        bias=bias,
+        sinks=sinks,
         scale=scale,
+        segment_ids=segment_ids,
+        query_lengths=query_lengths,
+        key_lengths=key_lengths,
         query_start=query_start,
         dropout_rng=dropout_rng,
         dropout_rate=dropout_rate,
         deterministic=deterministic,
+        return_lse=return_lse,
     )
+    problem = _as_problem(query, key, value, options)
     chosen = _choose(kernel, query, key, value, problem)
     return chosen.run(query, key, value, **problem)
+
+
+def _as_problem(
+    query: jax.Array, key: jax.Array, value: jax.Array, options: dict[str, Any]
+) -> dict[str, Any]:
+    """The options of `attention`, checked, as those that every kernel takes."""
+    check_qkv(query, key, value)
+    (B, H, T, _), S = query.shape, key.shape[2]
+    problem = dict(options)
+    for name in ("mask", "bias"):
+        if (x := problem.get(name)) is not None and x.ndim < 4:
+            problem[name] = x.reshape((1,) * (4 - x.ndim) + x.shape)
+    check_mask(problem.get("mask"), (B, H, T, S))
+    check_bias(problem.get("bias"), (B, H, T, S))
+    check_sinks(problem.get("sinks"), H)
+    check_dropout(
+        problem.get("dropout_rng"),
+        problem.get("dropout_rate", 0.0),
+        problem.get("deterministic", True),
+    )
+    names = "segment_ids", "query_lengths", "key_lengths"
+    ids, queries, keys = (problem.pop(name, None) for name in names)
+    plain = ids is queries is keys is None
+    mask_mod, start = problem.get("mask_mod"), problem.get("query_start")
+    if isinstance(mask_mod, BlockMask):
+        if plain:
+            return problem
+        raise ValueError(
+            "segment_ids, query_lengths and key_lengths belong into the block mask here, "
+            "as Segments, QueryLengths and KeyLengths: its tiles are decided once."
+        )
+    score_mod, masks = split_mask(problem.get("score_mod"))
+    if mask_mod is not None:
+        masks.append(mask_mod)
+    if start is None and not plain:
+        start = (S if keys is None else keys) - (T if queries is None else queries)
+    if ids is not None:
+        masks.append(_segments(ids, start, (B, T, S)))
+    if keys is not None:
+        masks.append(KeyLengths(keys))
+    if queries is not None:
+        masks.append(QueryLengths(start + queries))
+    mask_mod = and_masks(*masks) if masks else None
+    return problem | dict(mask_mod=mask_mod, score_mod=score_mod, query_start=start)
+
+
+def _segments(ids: SegmentIds, start: Any, shape: tuple[int, int, int]) -> Segments:
+    B, T, S = shape
+    query_ids, key_ids = ids if isinstance(ids, tuple) else (ids, ids)
+    if (query_ids.shape, key_ids.shape) != ((B, T), (B, S)):
+        raise ValueError(
+            f"segment_ids {query_ids.shape} for queries and {key_ids.shape} for keys "
+            f"must be {(B, T)} and {(B, S)}; give a pair where these differ."
+        )
+    return Segments(query_ids, key_ids, start)
 
 
 def _candidates(name: str | None) -> tuple[Kernel, ...]:
@@ -92,13 +174,16 @@ def explain(
     value: jax.Array,
     *,
     kernel: str | None = None,
-    **problem: Any,
+    **options: Any,
 ) -> str:
     """What each kernel says to this problem, in the order they are tried.
 
-    Takes the arguments of `attention`. One line for each kernel; at most one of them
-    says "runs".
+    Takes the arguments of `attention` and raises what it does. One line for each
+    kernel; at most one of them says "runs".
     """
+    if unknown := options.keys() - inspect.signature(attention).parameters:
+        raise TypeError(f"attention() takes no {choices(sorted(unknown))}.")
+    problem = _as_problem(query, key, value, options)
     candidates, lines, taken = _candidates(kernel), [], False
     for candidate in KERNELS:
         reason = candidate.why_not(query, key, value, **problem)

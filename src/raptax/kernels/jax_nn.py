@@ -4,7 +4,7 @@ import jax
 from jaxtyping import Array, Bool, Float, Int
 
 from .._errors import Unsupported, check_qkv
-from .._types import DropoutKey, MaskMod, ScoreMod
+from .._types import Attended, DropoutKey, MaskMod, ScoreMod
 from ..mods import Causal, SlidingWindow
 from .softmax import accumulator, finite, poison
 
@@ -15,11 +15,18 @@ def why_not_jax_nn(query: jax.Array, key: jax.Array, value: jax.Array, **problem
         return "it knows no score_mod"
     if problem.get("mask") is not None:
         return "it gives a row that may see no key the mean of the values, not zeros"
+    if problem.get("bias") is not None:
+        return "it makes NaN of a row whose bias is -inf everywhere"
+    if problem.get("sinks") is not None:
+        return "it knows no sinks"
+    if problem.get("return_lse"):
+        return "its log-sum-exp has no derivative on every platform"
     if problem.get("dropout_rate", 0.0) and not problem.get("deterministic", True):
         return "it knows no dropout"
     mask_mod = problem.get("mask_mod")
     if mask_mod is not None and not isinstance(mask_mod, Causal | SlidingWindow):
-        return f"of masks it knows Causal and SlidingWindow, not {mask_mod}"
+        name = type(mask_mod).__name__
+        return f"of masks it knows Causal and SlidingWindow, not {name}"
     if mask_mod is not None and query.shape[2] != key.shape[2]:
         return "it lets the first query see the first key when lengths differ"
     if mask_mod is not None and problem.get("query_start") is not None:
@@ -41,12 +48,15 @@ def jax_nn_attention(
     mask: Bool[Array, "#B #H #T #S"] | None = None,
     mask_mod: MaskMod | None = None,
     score_mod: ScoreMod | None = None,
+    bias: Float[Array, "#B #H #T #S"] | None = None,
+    sinks: Float[Array, " H"] | None = None,
     scale: float | Float[Array, ""] | None = None,
     query_start: int | Int[Array, ""] | Int[Array, " B"] | None = None,
     dropout_rng: DropoutKey | None = None,
     dropout_rate: float = 0.0,
     deterministic: bool = True,
-) -> Float[Array, "B H T E"]:
+    return_lse: bool = False,
+) -> Attended:
     """See `AttentionFn`; `why_not_jax_nn` says what this one cannot do.
 
     On NVIDIA GPUs weights are rounded to the inputs' dtype before they meet the values.
@@ -61,10 +71,13 @@ def jax_nn_attention(
         mask=mask,
         mask_mod=mask_mod,
         score_mod=score_mod,
+        bias=bias,
+        sinks=sinks,
         scale=scale,
         query_start=query_start,
         dropout_rate=dropout_rate,
         deterministic=deterministic,
+        return_lse=return_lse,
     )
     if reason is not None or isinstance(scale, jax.Array):
         raise Unsupported(f"jax_nn cannot run this: {reason}.")

@@ -20,8 +20,8 @@ from jaxtyping import Array, Float, Int
 
 from .._types import MaskMod, ScoreMod, position_indices
 from ..mods import apply_mask, apply_score, as_mod, with_scale
-from .blockwise import if_any, times_keys, times_values
 from .softmax import Running, accumulator, finite, poison
+from .tiles import if_any, times_keys, times_values
 
 MAX_ROWS = 64  # query rows of one sequence that share a pass over its pages
 
@@ -240,6 +240,6 @@ def _task(work: _Work, rules: _Rules, number: jax.Array) -> jax.Array:
         return if_any(allowed, attend_page, state)
 
     pages = jnp.where(exists, jnp.minimum(-(-work.lengths[b] // P), M), 0)
-    state = Running.empty((1, H, work.rows), E, dtype)
+    state = Running.empty(jnp.zeros_like(q, dtype, shape=(1, H, work.rows)), E)
     out, _ = lax.fori_loop(0, pages, one_page, state).finish()
     return out[0].swapaxes(0, 1).astype(q.dtype)

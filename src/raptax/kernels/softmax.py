@@ -8,11 +8,13 @@ NaN. Hence products, forward and backward, run on `finite` numbers, and `poison`
 the NaN to exactly the queries that do see it.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
@@ -29,10 +31,18 @@ class Running(NamedTuple):
     total: Float[Array, "*rows"]
 
     @classmethod
-    def empty(cls, rows: tuple[int, ...], size: int, dtype: DTypeLike) -> "Running":
-        """No key seen yet."""
-        out = jnp.zeros((*rows, size), dtype)
-        return cls(out, jnp.full(rows, -jnp.inf, dtype), jnp.zeros(rows, dtype))
+    def empty(
+        cls,
+        zeros: Float[Array, "B H T"],
+        size: int,
+        sinks: Float[Array, " H"] | None = None,
+    ) -> "Running":
+        """No key seen yet, but each head's sink: a score whose value is zero."""
+        high = jnp.full_like(zeros, -jnp.inf)
+        if sinks is not None:
+            high = zeros + sinks.astype(zeros.dtype)[None, :, None]
+        total = jnp.where(jnp.isneginf(high), zeros, 1)
+        return cls(jnp.zeros_like(zeros, shape=(*zeros.shape, size)), high, total)
 
     def add(
         self,
@@ -54,6 +64,43 @@ class Running(NamedTuple):
         """``(out, log-sum-exp)``: exactly 0 and -inf for a row that saw no key."""
         total = jnp.where(self.total == 0, 1, self.total)
         return self.out / total[..., None], self.high + jnp.log(self.total)
+
+
+def merge(
+    *partials: tuple[Float[Array, "*rows E"], Float[Array, "*rows"]],
+) -> tuple[Float[Array, "*rows E"], Float[Array, "*rows"]]:
+    """Attention over all keys, from ``(out, lse)`` over parts of them.
+
+    ``lse = log(sum_i exp(lse_i))``, ``out = sum_i exp(lse_i - lse) * out_i``. The order
+    does not matter, and ``(0, -inf)``, what an empty row gives, changes nothing. Sinks
+    belong to one of the parts alone. Rabe & Staats 2021, arXiv:2112.05682.
+
+    Args:
+        partials: What `attention` returns with ``return_lse``; at least one.
+
+    Returns:
+        The output in the first part's dtype, and the log-sum-exp of all parts.
+
+    Raises:
+        ValueError: There is nothing to merge.
+    """
+    if not partials:
+        raise ValueError("merge() needs at least one (out, lse) pair.")
+    dtype = partials[0][1].dtype
+    high = functools.reduce(jnp.maximum, (lse for _, lse in partials))
+    high = lax.stop_gradient(jnp.where(jnp.isneginf(high), 0, high))
+    weights = [jnp.exp(lse - high) for _, lse in partials]
+    total = functools.reduce(jnp.add, weights)
+    something = jnp.where(total == 0, 1, total)  # or the logarithm's slope is NaN
+    out = functools.reduce(
+        jnp.add,
+        (
+            (weight / something)[..., None] * out.astype(dtype)
+            for weight, (out, _) in zip(weights, partials, strict=True)
+        ),
+    )
+    lse = jnp.where(total == 0, -jnp.inf, high + jnp.log(something))
+    return out.astype(partials[0][0].dtype), lse
 
 
 def accumulator(dtype: DTypeLike) -> jnp.dtype:

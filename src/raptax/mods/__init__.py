@@ -37,6 +37,7 @@ from .masks import KeyRanges as KeyRanges
 from .masks import Natten2D as Natten2D
 from .masks import PrefixLM as PrefixLM
 from .masks import QueryLengths as QueryLengths
+from .masks import Segments as Segments
 from .masks import SinkWindow as SinkWindow
 from .masks import SlidingWindow as SlidingWindow
 from .masks import Strided as Strided
@@ -48,6 +49,7 @@ from .scores import ALiBi as ALiBi
 from .scores import Composed as Composed
 from .scores import DenseBias as DenseBias
 from .scores import LogN as LogN
+from .scores import MaskedScore as MaskedScore
 from .scores import RelativeBias as RelativeBias
 from .scores import SoftCap as SoftCap
 from .scores import T5Bias as T5Bias
@@ -55,6 +57,7 @@ from .scores import Temperature as Temperature
 from .scores import alibi_slopes as alibi_slopes
 from .scores import apply_score as apply_score
 from .scores import compose_score_mods as compose_score_mods
+from .scores import split_mask as split_mask
 from .scores import t5_buckets as t5_buckets
 from .scores import with_scale as with_scale
 

@@ -214,6 +214,27 @@ class Documents(Mask):
 
 
 @pytree
+class Segments(Mask):
+    """Query row ``t`` sees the keys ``s`` with ``query_ids[b, t] == key_ids[b, s]``.
+
+    Rows count from ``query_start``, and positions outside the ids see nothing and are
+    not seen. A single row of ids serves every sequence.
+    """
+
+    query_ids: Int[Array, "#B T"]
+    key_ids: Int[Array, "#B S"]
+    query_start: int | Int[Array, ""] | Int[Array, " B"] = 0
+
+    def __call__(self, b_idx, h_idx, q_idx, kv_idx):
+        row = q_idx - per_sequence(self.query_start, b_idx)
+        alike = entries(self.query_ids, b_idx, row) == entries(
+            self.key_ids, b_idx, kv_idx
+        )
+        inside = within(row, self.query_ids.shape[1])
+        return alike & inside & within(kv_idx, self.key_ids.shape[1])
+
+
+@pytree
 class KeyRanges(Mask):
     """A query at position ``i`` sees the keys ``starts[b, i] <= k < stops[b, i]``.
 

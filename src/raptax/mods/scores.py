@@ -9,8 +9,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from .._pytree import pytree, static
-from .._types import ScoreMod
-from .combine import as_mod, at_least, entries, within
+from .._types import MaskMod, ScoreMod
+from .combine import apply_mask, as_mod, at_least, entries, within
 
 
 def apply_score(score_mod: ScoreMod, scores: jax.Array, *at: jax.Array) -> jax.Array:
@@ -190,6 +190,34 @@ class DenseBias:
             if length != 1:
                 bias = jnp.where(within(index, length), bias, 0)
         return scores + bias.astype(scores.dtype)
+
+
+@pytree
+class MaskedScore:
+    """Sets scores to -inf where ``mask_mod`` says no: a mask that is a score change.
+
+    `attention` hands it to the kernels as the mask that it is when nothing changes the
+    scores after it, and so skips the tiles that it empties.
+    """
+
+    mask_mod: Any
+
+    def __call__(self, scores, b_idx, h_idx, q_idx, kv_idx):
+        allowed = apply_mask(self.mask_mod, b_idx, h_idx, q_idx, kv_idx)
+        return jnp.where(allowed, scores, -jnp.inf)
+
+
+def split_mask(score_mod: ScoreMod | None) -> tuple[ScoreMod | None, list[MaskMod]]:
+    """``score_mod`` without the masks that are its last changes, and those masks."""
+    if isinstance(score_mod, MaskedScore):
+        return None, [score_mod.mask_mod]
+    masks = []
+    if isinstance(score_mod, Composed):
+        changes = list(score_mod.score_mods)
+        while changes and isinstance(changes[-1], MaskedScore):
+            masks.append(changes.pop().mask_mod)
+        score_mod = compose_score_mods(*changes)
+    return score_mod, masks
 
 
 @pytree

@@ -1,0 +1,167 @@
+"""The names that attnax's users know: each is there, and means what it says."""
+
+import inspect
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import raptax
+from raptax import attention
+
+# Name and documented parameters, without *masks and the like.
+DOCUMENTED = {
+    "mask_mod_to_boolean_mask": ("mask_mod", "batch", "num_heads", "seq_q", "seq_kv"),
+    "compose_score_mods": ("score_mods",),
+    "standard_attention": ("query", "key", "value"),
+    "memory_efficient_attention": ("query", "key", "value"),
+    "flash_attention": ("query", "key", "value"),
+    "linear_attention": ("query", "key", "value", "mask", "score_mod", "causal"),
+    "ring_attention": ("query", "key", "value", "axis_name"),
+    "paged_attention": ("query",),
+    "alibi_mod": ("num_heads",),
+    "alibi_slopes": (),
+    "causal_mod": (),
+    "sliding_window_mod": ("window_size", "causal"),
+    "prefix_lm_mod": ("prefix_lengths",),
+    "document_mask_mod": ("document_ids",),
+    "additive_bias_mod": ("bias",),
+    "mask_mod_to_score_mod": ("mask_mod",),
+    "make_causal_mask": ("seq_len",),
+    "make_sliding_window_mask": ("seq_q", "seq_kv", "window_size", "causal"),
+    "make_document_mask": ("document_ids",),
+    "make_padding_mask": ("input_ids", "pad_token_id"),
+    "combine_masks": ("masks",),
+}
+B, H, S, D = 2, 4, 12, 8
+IDS = jnp.asarray(np.arange(S)[None] // 5 + np.zeros((B, 1)), jnp.int32)
+PREFIX = jnp.array([3, 7], jnp.int32)
+
+
+def arrays():
+    rng = np.random.default_rng(0)
+    shape = (B, H, S, D)
+    return [jnp.asarray(rng.normal(size=shape).astype(np.float32)) for _ in range(3)]
+
+
+@pytest.mark.parametrize("name", DOCUMENTED)
+def test_the_name_and_its_parameters_are_there(name):
+    parameters = inspect.signature(getattr(raptax, name)).parameters
+    assert set(DOCUMENTED[name]) <= parameters.keys()
+
+
+@pytest.mark.parametrize("protocol", ["ScoreMod", "MaskMod", "AttentionFn"])
+def test_the_protocols_are_there(protocol):
+    assert inspect.isclass(getattr(raptax, protocol))
+
+
+KERNELS = ("standard_attention", "memory_efficient_attention", "flash_attention")
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernels_take_the_documented_call(name):
+    q, k, v = arrays()
+    call = dict(
+        mask=raptax.make_causal_mask(S),
+        score_mod=raptax.alibi_mod(H),
+        dropout_rng=None,
+        dropout_rate=0.0,
+        deterministic=True,
+    )
+    out = getattr(raptax, name)(q, k, v, **call)
+    scores = np.einsum("bhtd,bhsd->bhts", q, k) * D**-0.5
+    distance = np.arange(S)[:, None] - np.arange(S)
+    slopes = 2.0 ** (-8 * (np.arange(H) + 1) / H)
+    scores = scores - slopes[:, None, None] * np.abs(distance)
+    weights = np.exp(np.where(distance >= 0, scores, -np.inf))
+    weights /= weights.sum(-1, keepdims=True)
+    expected = np.einsum("bhts,bhsd->bhtd", weights, v)
+    np.testing.assert_allclose(out, expected, rtol=0, atol=2e-6)
+
+
+def rows_and_keys():
+    return np.arange(S)[:, None], np.arange(S)[None]
+
+
+def same_document(t, s):
+    return (np.asarray(IDS)[:, t] == np.asarray(IDS)[:, s])[:, None]
+
+
+MASKS = {
+    "causal": (
+        raptax.causal_mod,
+        lambda: raptax.make_causal_mask(S),
+        lambda t, s: s <= t,
+    ),
+    "window": (
+        lambda: raptax.sliding_window_mod(3),
+        lambda: raptax.make_sliding_window_mask(S, window_size=3),
+        lambda t, s: (s <= t) & (t - s < 3),
+    ),
+    "window on both sides": (
+        lambda: raptax.sliding_window_mod(3, causal=False),
+        lambda: raptax.make_sliding_window_mask(S, window_size=3, causal=False),
+        lambda t, s: abs(t - s) < 3,
+    ),
+    "documents": (
+        lambda: raptax.document_mask_mod(IDS),
+        lambda: raptax.make_document_mask(IDS),
+        same_document,
+    ),
+    "prefix": (
+        lambda: raptax.prefix_lm_mod(PREFIX),
+        lambda: raptax.mask_mod_to_boolean_mask(
+            raptax.PrefixLM(PREFIX), batch=B, num_heads=1, seq_q=S, seq_kv=S
+        ),
+        lambda t, s: (s <= t) | (s < np.asarray(PREFIX)[:, None, None, None]),
+    ),
+    "a function": (
+        lambda: raptax.mask_mod_to_score_mod(lambda b, h, q, k: (q + k) % 2 == 0),
+        lambda: jnp.asarray(sum(rows_and_keys()) % 2 == 0)[None, None],
+        lambda t, s: (t + s) % 2 == 0,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_a_mask_is_the_same_as_array_and_as_score_change(name):
+    score_mod, array, rule = MASKS[name]
+    expected = np.broadcast_to(rule(*rows_and_keys()), (B, 1, S, S))
+    np.testing.assert_array_equal(np.broadcast_to(array(), expected.shape), expected)
+    q, k, v = arrays()
+    by_score = raptax.standard_attention(q, k, v, score_mod=score_mod())
+    by_array = raptax.standard_attention(q, k, v, mask=jnp.asarray(expected))
+    np.testing.assert_allclose(by_score, by_array, rtol=0, atol=1e-6)
+
+
+def test_a_mask_that_changes_scores_last_reaches_the_kernel_as_a_mask():
+    """A soft cap after it would undo it, and so must stay after it."""
+    q, k, v = arrays()
+    cap, window = raptax.SoftCap(1.0), raptax.sliding_window_mod(3)
+    last = attention(q, k, v, score_mod=raptax.compose_score_mods(cap, window))
+    expected = attention(q, k, v, score_mod=cap, mask_mod=raptax.SlidingWindow(3))
+    np.testing.assert_array_equal(last, expected)
+    assert "cannot" not in raptax.explain(q, k, v, score_mod=window)
+    first = attention(q, k, v, score_mod=raptax.compose_score_mods(window, cap))
+    assert (first != expected).any()
+
+
+def test_an_additive_bias_of_any_rank():
+    q, k, v = arrays()
+    bias = jnp.asarray(np.random.default_rng(5).normal(size=(H, S, S)), jnp.float32)
+    for x in (bias, bias[:1], bias[0], bias[0, 0]):
+        by_score = attention(q, k, v, score_mod=raptax.additive_bias_mod(x))
+        np.testing.assert_allclose(by_score, attention(q, k, v, bias=x), atol=1e-6)
+
+
+def test_masks_combine():
+    causal = raptax.make_causal_mask(3)
+    padding = raptax.make_padding_mask(jnp.array([[5, 6, 0]], jnp.int32))
+    both = raptax.combine_masks(None, causal, padding)
+    np.testing.assert_array_equal(both[0, 0], np.tril(np.ones((3, 3))) * [1, 1, 0])
+    assert raptax.combine_masks(None, None) is None
+
+
+def test_a_window_holds_at_least_one_key():
+    with pytest.raises(ValueError, match="window_size=0 must be at least 1"):
+        raptax.sliding_window_mod(0)
