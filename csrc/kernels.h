@@ -1,0 +1,24 @@
+// The kernels of one instruction set, and the choice among the sets.
+#pragma once
+
+#include "parallel.h"
+#include "problem.h"
+
+namespace raptax {
+
+struct Kernels {
+  const char* name;
+  bool (*runs_here)();  // whether this machine has the instructions
+  void (*forward)(const Forward&, const Parallel&);
+  void (*backward)(const Backward&, const Parallel&);
+};
+
+// Best first; the last one runs everywhere.
+extern const Kernels* const kAllKernels[];
+extern const int kKernelCount;
+
+// The best set that this machine has, or the one that RAPTAX_ISA names. Null if it names
+// none, or one that does not run here.
+const Kernels* chosen_kernels();
+
+}  // namespace raptax

@@ -1,0 +1,22 @@
+// Everything that is compiled once per instruction set. csrc/isa/*.cc define RAPTAX_ISA,
+// its name, and RAPTAX_RUNS_HERE, the test for it, and include this.
+
+#include "kernels.h"
+#include "simd.h"
+
+namespace raptax {
+namespace RAPTAX_ISA {
+
+#define RAPTAX_STRING_OF(x) #x
+#define RAPTAX_STRING(x) RAPTAX_STRING_OF(x)
+
+extern const Kernels kernels;
+const Kernels kernels = {
+    RAPTAX_STRING(RAPTAX_ISA),
+    [] { return static_cast<bool>(RAPTAX_RUNS_HERE); },
+    nullptr,
+    nullptr,
+};
+
+}  // namespace RAPTAX_ISA
+}  // namespace raptax
