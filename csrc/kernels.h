@@ -11,6 +11,7 @@ struct Kernels {
   bool (*runs_here)();  // whether this machine has the instructions
   void (*forward)(const Forward&, const Parallel&);
   void (*backward)(const Backward&, const Parallel&);
+  void (*run_program)(const ProgramRun&);  // for tests of mod programs
 };
 
 // Best first; the last one runs everywhere.

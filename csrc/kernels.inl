@@ -2,6 +2,7 @@
 // its name, and RAPTAX_RUNS_HERE, the test for it, and include this.
 
 #include "kernels.h"
+#include "program_run.inl"
 #include "simd.h"
 
 namespace raptax {
@@ -16,6 +17,7 @@ const Kernels kernels = {
     [] { return static_cast<bool>(RAPTAX_RUNS_HERE); },
     nullptr,
     nullptr,
+    run_program,
 };
 
 }  // namespace RAPTAX_ISA

@@ -1,6 +1,9 @@
 // Runs mod programs (program.h) on rows of scores, a few vectors at a time.
 
+#pragma once
+
 #include "program.h"
+#include "program_ops.inl"
 #include "simd.h"
 
 namespace raptax {
@@ -12,10 +15,12 @@ enum class Along { kKeys, kQueries };
 
 // A program, ready to run on rows of up to `columns` scores. A value of the program that
 // depends on (b, h) alone is worked out in begin(), one that depends on the column alone
-// in columns(), one that depends on the row once per row; only the rest costs per score.
+// in columns(), one that depends on the row alone for kRows rows at once, and one that
+// depends on the distance alone once per diagonal; only the rest costs per score.
 //
 // Rows are read and written in whole vectors: their memory must reach up to the next
-// multiple of kLanes. Nothing is allocated after the constructor.
+// multiple of kLanes. Nothing is allocated after the constructor. `program` must have
+// passed why_not() and outlive the Runner.
 class Runner {
  public:
   // Bytes that the constructor needs at `memory`, 64-byte aligned.
@@ -26,13 +31,349 @@ class Runner {
   void begin(int64_t b, int64_t h);
   void columns(int64_t first_position, int64_t count);
 
-  // Score programs: scores = score_mod(scores), in place, for the row at `position`.
-  void change(int64_t position, float* scores);
-  // Slope programs: slope = d score_mod(x) / dx at x = base.
-  void slope(int64_t position, const float* base, float* slope);
-  // Mask programs: scores = -inf where the mask says no. Returns whether any is allowed.
-  bool mask(int64_t position, float* scores);
+  // Score programs: scores = score_mod(scores), in place, for `rows` rows from `position`
+  // on, which lie `stride` floats apart.
+  void change(int64_t position, int64_t rows, float* scores, int64_t stride) {
+    run(position, rows, scores, scores, stride);
+  }
+  void change(int64_t position, float* scores) { change(position, 1, scores, 0); }
+
+  // Slope programs: slope = d score_mod(x) / dx at x = base. `slope` may be `base`.
+  void slope(int64_t position, int64_t rows, const float* base, float* slope,
+             int64_t stride) {
+    run(position, rows, base, slope, stride);
+  }
+  void slope(int64_t position, const float* base, float* slope) {
+    run(position, 1, base, slope, 0);
+  }
+
+  // Mask programs: scores = -inf where the mask says no, and behind the last column.
+  // Returns whether any is allowed.
+  bool mask(int64_t position, int64_t rows, float* scores, int64_t stride);
+  bool mask(int64_t position, float* scores) { return mask(position, 1, scores, 0); }
+
+ private:
+  // What a value depends on, besides (b, h). kFull is anything else: a number per score.
+  enum Domain : int8_t { kUniform, kRow, kColumn, kDiagonal, kFull };
+  // Row values are worked out for kRows rows at once, diagonal ones for kDiagonals, and
+  // full ones for kBatch: few enough to stay in the first-level cache.
+  static constexpr int64_t kRows = 16, kDiagonals = 64, kBatch = 4;
+
+  struct Step {
+    Instruction code;
+    Domain domain;
+    const float* data;  // of its value
+    int64_t stride;     // from row to row, of a full value
+    bool same;          // all that scores read of a row of values is equal
+  };
+
+  static Domain both(Domain a, Domain b) {
+    if (a == b || b == kUniform) return a;
+    return a == kUniform ? b : kFull;
+  }
+  static Domain domain_of(Op op, Along along) {
+    if (op == Op::kScore) return kFull;
+    if (op == Op::kDistance) return kDiagonal;
+    if (op == Op::kQuery) return along == Along::kKeys ? kRow : kColumn;
+    if (op == Op::kKey) return along == Along::kKeys ? kColumn : kRow;
+    return kUniform;
+  }
+  static int64_t rounded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
+  static size_t lay_out(const Program& program, Along along, int64_t columns,
+                        Step* steps, float* memory);
+
+  void run(int64_t position, int64_t rows, const float* base, float* out,
+           int64_t stride);
+  int64_t prepare_rows(int64_t position, int64_t rows);
+  void prepare_batch(int64_t rows, const float* base, int64_t stride);
+  void work_out(Domain domain, int64_t n);
+  Operand operand(const Step& step, int number, int64_t row) const;
+  bool changes_nothing(const Step& step, Operand a, int64_t row, const float* out) const;
+  void execute(const Step& step, int64_t row, float* out, int64_t n) const;
+
+  const Program& program_;
+  const Along along_;
+  const int64_t size_;
+  Step* const steps_;
+  int64_t count_ = 0, padded_ = 0;
+  int64_t b_ = 0, h_ = 0, first_row_ = 0, first_column_ = 0;
+  // The first row of the batch: among the kRows that are worked out, and where its
+  // diagonal values start.
+  int64_t row_ = 0, diagonal_ = 0;
+  int64_t first_diagonal_ = 0;  // the row whose diagonal values start last
+  bool rows_ready_ = false, diagonals_ready_ = false;
 };
+
+// ------------------------------------------------------------------------------- layout
+
+// Fills `steps` if there are any; returns the floats that the values take. Full values
+// share memory when they are no longer needed.
+inline size_t Runner::lay_out(const Program& program, Along along, int64_t columns,
+                              Step* steps, float* memory) {
+  const int64_t size = program.size(), width = rounded(columns);
+  Domain domain[Program::kMostInstructions];
+  int64_t last_use[Program::kMostInstructions];
+  for (int64_t n = 0; n < size; ++n) {
+    const Instruction code = program.at(n);
+    domain[n] = domain_of(code.op, along);
+    for (int i = 0; i < code.operands(); ++i) {
+      domain[n] = both(domain[n], domain[code.operand(i)]);
+      last_use[code.operand(i)] = n;
+    }
+    last_use[n] = n;
+  }
+  int64_t used = 0, slots = 0, owner[Program::kMostInstructions];
+  int64_t place[Program::kMostInstructions];
+  for (int64_t n = 0; n < size; ++n) {
+    place[n] = used;
+    if (domain[n] == kUniform) used += 16;
+    if (domain[n] == kRow) used += kRows;
+    if (domain[n] == kColumn) used += (width + 15) / 16 * 16;
+    if (domain[n] == kDiagonal) used += (width + 15) / 16 * 16 + kDiagonals;
+  }
+  const int64_t slot_size = kBatch * ((width + 15) / 16 * 16);
+  for (int64_t n = 0; n < size; ++n) {
+    if (domain[n] != kFull || program.at(n).op == Op::kScore) continue;
+    // A value that is read here for the last time is not in the way: every operation
+    // reads a vector before it writes it.
+    int64_t slot = slots, own = -1;
+    for (int64_t i = slots - 1; i >= 0; --i) {
+      if (last_use[owner[i]] <= n) slot = i;
+    }
+    const Instruction code = program.at(n);
+    for (int i = 0; i < code.operands(); ++i) {
+      for (int64_t j = 0; j < slots; ++j) {
+        if (owner[j] == code.operand(i) && last_use[owner[j]] == n) own = j;
+      }
+    }
+    if (own >= 0) slot = own;  // so that nothing has to be done where nothing changes
+    if (slot == slots) ++slots;
+    owner[slot] = n;
+    place[n] = used + slot * slot_size;
+  }
+  for (int64_t n = 0; n < size && steps != nullptr; ++n) {
+    steps[n] = {program.at(n), domain[n], memory + place[n], slot_size / kBatch, false};
+  }
+  return static_cast<size_t>(used + slots * slot_size);
+}
+
+inline size_t Runner::bytes(const Program& program, int64_t columns) {
+  const size_t a = lay_out(program, Along::kKeys, columns, nullptr, nullptr);
+  const size_t b = lay_out(program, Along::kQueries, columns, nullptr, nullptr);
+  return (a > b ? a : b) * sizeof(float) +
+         static_cast<size_t>(program.size()) * sizeof(Step);
+}
+
+inline Runner::Runner(const Program& program, Along along, int64_t columns, void* memory)
+    : program_(program),
+      along_(along),
+      size_(program.size()),
+      steps_(reinterpret_cast<Step*>(
+          static_cast<float*>(memory) +
+          lay_out(program, along, columns, nullptr, nullptr))) {
+  lay_out(program, along, columns, steps_, static_cast<float*>(memory));
+}
+
+// ------------------------------------------------------------------------------ running
+
+inline void Runner::begin(int64_t b, int64_t h) {
+  b_ = b;
+  h_ = h;
+  rows_ready_ = diagonals_ready_ = false;
+  work_out(kUniform, kLanes);
+}
+
+inline void Runner::columns(int64_t first_position, int64_t count) {
+  first_column_ = first_position;
+  count_ = count;
+  padded_ = rounded(count);
+  work_out(kColumn, padded_);
+  diagonals_ready_ = false;
+}
+
+// Of the `rows` rows from `position` on, how many can be run at once; what they need is
+// worked out.
+inline int64_t Runner::prepare_rows(int64_t position, int64_t rows) {
+  row_ = position - first_row_;
+  if (!rows_ready_ || row_ < 0 || row_ >= kRows) {
+    first_row_ = position;
+    row_ = 0;
+    rows_ready_ = true;
+    work_out(kRow, kRows);
+  }
+  diagonal_ = first_diagonal_ + kDiagonals - 1 - position;
+  if (!diagonals_ready_ || diagonal_ < 0 || diagonal_ >= kDiagonals) {
+    first_diagonal_ = position;
+    diagonal_ = kDiagonals - 1;
+    diagonals_ready_ = true;
+    work_out(kDiagonal, padded_ + kDiagonals);
+  }
+  if (rows > kBatch) rows = kBatch;
+  if (rows > kRows - row_) rows = kRows - row_;
+  return rows > diagonal_ + 1 ? diagonal_ + 1 : rows;
+}
+
+inline void Runner::work_out(Domain domain, int64_t n) {
+  for (int64_t i = 0; i < size_; ++i) {
+    Step& step = steps_[i];
+    if (step.domain != domain) continue;
+    execute(step, 0, const_cast<float*>(step.data), n);
+    if (domain == kColumn || domain == kDiagonal) {
+      step.same = all_same(step.data, domain == kColumn ? count_ : n);
+    }
+  }
+}
+
+// All full values of a batch of rows but for the answer.
+inline void Runner::prepare_batch(int64_t rows, const float* base, int64_t stride) {
+  for (int64_t i = 0; i < size_; ++i) {
+    Step& step = steps_[i];
+    if (step.domain != kFull) continue;
+    if (step.code.op == Op::kScore) {
+      step.data = base;
+      step.stride = stride;
+    } else if (i + 1 < size_) {
+      float* data = const_cast<float*>(step.data);
+      for (int64_t row = 0; row < rows; ++row) {
+        execute(step, row, data + row * step.stride, padded_);
+      }
+    }
+  }
+}
+
+inline void Runner::run(int64_t position, int64_t rows, const float* base, float* out,
+                        int64_t stride) {
+  const Step& answer = steps_[size_ - 1];
+  if (answer.code.op == Op::kScore && base == out) return;
+  for (int64_t from = 0; from < rows;) {
+    const int64_t batch = prepare_rows(position + from, rows - from);
+    prepare_batch(batch, base + from * stride, stride);
+    for (int64_t row = 0; row < batch; ++row) {
+      float* to = out + (from + row) * stride;
+      if (answer.domain == kFull && answer.code.op != Op::kScore) {
+        execute(answer, row, to, padded_);
+      } else {
+        Store store{to};
+        map([](F32 x) { return x; }, operand(answer, -1, row), padded_, store);
+      }
+    }
+    from += batch;
+  }
+}
+
+inline bool Runner::mask(int64_t position, int64_t rows, float* scores, int64_t stride) {
+  const Step& answer = steps_[size_ - 1];
+  I32 seen = I32{};
+  for (int64_t from = 0; from < rows;) {
+    const int64_t batch = prepare_rows(position + from, rows - from);
+    prepare_batch(batch, nullptr, 0);
+    for (int64_t row = 0; row < batch; ++row) {
+      MaskScores sink{scores + (from + row) * stride, count_};
+      const Operand own = operand(answer, -1, row);
+      if (!own.is_row && as_bits(spread(own.data))[0] != 0 && count_ == padded_) {
+        seen = ~I32{};
+        continue;
+      }
+      const Op op = answer.code.op;
+      // A comparison goes straight to the scores; anything else is written down first.
+      const bool direct =
+          answer.domain == kFull && answer.code.operands() == 2 &&
+          map_logic(op, operand(answer, 0, row), operand(answer, 1, row), padded_,
+                    sink);
+      if (!direct) {
+        if (answer.domain == kFull) {
+          execute(answer, row, const_cast<float*>(answer.data) + row * answer.stride,
+                  padded_);
+        }
+        map([](F32 x) { return x; }, own, padded_, sink);
+      }
+      seen |= sink.seen;
+    }
+    from += batch;
+  }
+  return any(seen);
+}
+
+// Where operand `number` of a step lies for a row, or the step's own value for -1.
+inline Operand Runner::operand(const Step& step, int number, int64_t row) const {
+  const Step& from = number < 0 ? step : steps_[step.code.operand(number)];
+  const bool own = number >= 0 && step.domain == from.domain;
+  switch (from.domain) {
+    case kUniform:
+      return {from.data, own};
+    case kRow:
+      return own ? Operand{from.data, true} : Operand{from.data + row_ + row, false};
+    case kColumn:
+      return {from.data, own || !from.same};
+    case kDiagonal:
+      return {own ? from.data : from.data + diagonal_ - row, own || !from.same};
+    default:
+      return {from.data + row * from.stride, true};
+  }
+}
+
+// Whether `x & true`, `x | false` or `true ? x : y` finds x where it is to be put.
+inline bool Runner::changes_nothing(const Step& step, Operand a, int64_t row,
+                                    const float* out) const {
+  const Op op = step.code.op;
+  if (step.domain != kFull || (op != Op::kAnd && op != Op::kOr && op != Op::kSelect)) {
+    return false;
+  }
+  Operand b = operand(step, 1, row);
+  if (op != Op::kSelect && a.is_row) {
+    const Operand swap = a;
+    a = b;
+    b = swap;
+  }
+  if (a.is_row) return false;
+  const int32_t bits = as_bits(spread(a.data))[0];
+  if (op == Op::kSelect) {
+    const Operand chosen = bits != 0 ? b : operand(step, 2, row);
+    return chosen.is_row && chosen.data == out;
+  }
+  return b.is_row && b.data == out && bits == (op == Op::kAnd ? -1 : 0);
+}
+
+inline void Runner::execute(const Step& step, int64_t row, float* out, int64_t n) const {
+  const Instruction code = step.code;
+  const Op op = code.op;
+  Store store{out};
+  auto fill = [&](int64_t first, int32_t by) {
+    for (int64_t i = 0; i < n; i += kLanes) {
+      store(i, I32{} + static_cast<int32_t>(first + by * i) + by * lanes());
+    }
+  };
+  const int64_t first = step.domain == kRow ? first_row_ : first_column_;
+  switch (op) {
+    case Op::kSequence:
+      return fill(b_, 0);
+    case Op::kHead:
+      return fill(h_, 0);
+    case Op::kQuery:
+    case Op::kKey:
+      return fill(first, 1);
+    case Op::kDistance:
+      // Value i stands for column first_column_ + i of the last of kDiagonals rows.
+      if (along_ == Along::kKeys) {
+        return fill(first_column_ - (first_diagonal_ + kDiagonals - 1), 1);
+      }
+      return fill(first_diagonal_ + kDiagonals - 1 - first_column_, -1);
+    case Op::kScore:
+      return;
+    case Op::kConstant:
+      return fill(code.a, 0);
+    case Op::kGather:
+      return gather(program_.arrays[code.a], operand(step, 0, row), out, n);
+    default:
+      break;
+  }
+  const Operand a = operand(step, 0, row);
+  if (changes_nothing(step, a, row, out)) return;
+  if (code.operands() == 1) return map_unary(op, a, n, store);
+  const Operand b = operand(step, 1, row);
+  if (code.operands() == 2) return map_binary(op, a, b, n, store);
+  return map_ternary(op, a, b, operand(step, 2, row), n, store);
+}
 
 }  // namespace RAPTAX_ISA
 }  // namespace raptax

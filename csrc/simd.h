@@ -7,6 +7,19 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__x86_64__)
+#if defined(__GNUC__) && !defined(__clang__)
+// GCC 12 calls its own "undefined" vectors uninitialised (its bug 105593).
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+#else
+#include <immintrin.h>
+#endif
+#endif
+
 #if defined(__AVX512F__)
 #define RAPTAX_LANES 16
 #elif defined(__AVX2__)
