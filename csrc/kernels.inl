@@ -1,9 +1,12 @@
 // Everything that is compiled once per instruction set. csrc/isa/*.cc define RAPTAX_ISA,
 // its name, and RAPTAX_RUNS_HERE, the test for it, and include this.
 
+#pragma once
+
+#include "backward.inl"
+#include "forward.inl"
 #include "kernels.h"
 #include "program_run.inl"
-#include "simd.h"
 
 namespace raptax {
 namespace RAPTAX_ISA {
@@ -15,8 +18,8 @@ extern const Kernels kernels;
 const Kernels kernels = {
     RAPTAX_STRING(RAPTAX_ISA),
     [] { return static_cast<bool>(RAPTAX_RUNS_HERE); },
-    nullptr,
-    nullptr,
+    forward,
+    backward,
     run_program,
 };
 

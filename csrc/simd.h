@@ -35,21 +35,139 @@ constexpr int kLanes = RAPTAX_LANES;
 typedef float F32 __attribute__((vector_size(4 * RAPTAX_LANES)));
 typedef int32_t I32 __attribute__((vector_size(4 * RAPTAX_LANES)));
 typedef uint32_t U32 __attribute__((vector_size(4 * RAPTAX_LANES)));
+typedef uint16_t U16 __attribute__((vector_size(2 * RAPTAX_LANES)));
 
 constexpr float kInf = __builtin_inff();
 
-static inline F32 all(float x) { return F32{} + x; }
+// x - 0 is x, -0 included, so compilers make a broadcast of it; x + 0 is not.
+static inline F32 all(float x) { return x - F32{}; }
 static inline I32 all(int32_t x) { return I32{} + x; }
+static inline U32 all(uint32_t x) { return U32{} + x; }
 static inline F32 load(const float* p) {
   F32 x;
   memcpy(&x, p, sizeof x);
   return x;
 }
 static inline void store(float* p, F32 x) { memcpy(p, &x, sizeof x); }
+static inline F32 as_float(I32 x) { return (F32)x; }
+static inline F32 as_float(U32 x) { return (F32)x; }
+static inline I32 as_bits(F32 x) { return (I32)x; }
+
+// The larger or smaller of each pair; b where either is NaN.
+#if defined(__AVX512F__)
+static inline F32 larger(F32 a, F32 b) { return (F32)_mm512_max_ps((__m512)a, (__m512)b); }
+static inline F32 smaller(F32 a, F32 b) { return (F32)_mm512_min_ps((__m512)a, (__m512)b); }
+#else
 static inline F32 larger(F32 a, F32 b) { return a > b ? a : b; }
 static inline F32 smaller(F32 a, F32 b) { return a < b ? a : b; }
-static inline F32 as_float(I32 x) { return (F32)x; }
-static inline I32 as_bits(F32 x) { return (I32)x; }
+#endif
+
+// 0, 1, 2, ...
+static inline I32 counting() {
+  I32 x;
+  for (int i = 0; i < kLanes; ++i) x[i] = i;
+  return x;
+}
+
+// `inside` for the lanes first <= lane < last, `outside` for the others.
+static inline F32 between(int64_t first, int64_t last, F32 inside, F32 outside) {
+#if defined(__AVX512F__)
+  uint32_t below = last >= kLanes ? 0xffff : (1u << (last < 0 ? 0 : last)) - 1;
+  uint32_t skipped = first <= 0 ? 0 : (1u << (first > kLanes ? kLanes : first)) - 1;
+  __mmask16 mask = static_cast<__mmask16>(below & ~skipped);
+  return (F32)_mm512_mask_blend_ps(mask, (__m512)outside, (__m512)inside);
+#else
+  I32 lane = counting();
+  int32_t low = static_cast<int32_t>(first < 0 ? 0 : first > kLanes ? kLanes : first);
+  int32_t high = static_cast<int32_t>(last < 0 ? 0 : last > kLanes ? kLanes : last);
+  return ((lane >= low) & (lane < high)) ? inside : outside;
+#endif
+}
+
+static inline float sum_of(F32 x) {
+  float sum = 0;
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) x[i] += x[i + half];
+  }
+  sum = x[0];
+  return sum;
+}
+
+static inline float largest_of(F32 x) {
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) x[i] = x[i + half] > x[i] ? x[i + half] : x[i];
+  }
+  return x[0];
+}
+
+// 2^x to within 1.6e-7; exactly 0 from -150 down, NaN for NaN. x is at most 127.
+static inline F32 exp2_of(F32 x) {
+#if defined(__AVX512DQ__)
+  F32 f = (F32)_mm512_reduce_ps((__m512)x, 1);  // x - floor(x)
+  F32 y = all(0.00187757669f) * f + 0.00898933969f;
+  y = y * f + 0.0558263175f;
+  y = y * f + 0.240153611f;
+  y = y * f + 0.693153083f;
+  y = y * f + 0.99999994f;
+  return (F32)_mm512_scalef_ps((__m512)y, (__m512)x);
+#else
+  F32 low = x < -126.0f ? all(-126.0f) : x;
+  F32 shifted = low + 12582912.0f;  // 1.5 * 2^23: whole numbers are the low bits
+  F32 f = low - (shifted - 12582912.0f);
+  F32 y = all(0.00132764725f) * f + 0.00967554096f;
+  y = y * f + 0.0555071309f;
+  y = y * f + 0.240221202f;
+  y = y * f + 0.693146944f;
+  y = y * f + 1.00000012f;
+  F32 power = as_float((as_bits(shifted) + 127) << 23);
+  return x < -126.0f ? F32{} : y * power;
+#endif
+}
+
+// Rows of lanes become columns: x[i][j] and x[j][i] change places.
+#if RAPTAX_LANES == 16
+#define RAPTAX_LOW 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define RAPTAX_HIGH 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#elif RAPTAX_LANES == 8
+#define RAPTAX_LOW 0, 8, 1, 9, 2, 10, 3, 11
+#define RAPTAX_HIGH 4, 12, 5, 13, 6, 14, 7, 15
+#else
+#define RAPTAX_LOW 0, 4, 1, 5
+#define RAPTAX_HIGH 2, 6, 3, 7
+#endif
+static inline void transpose(F32* x) {
+  // Dealing rows like cards, once per doubling, moves every number to its place.
+#pragma GCC unroll 4
+  for (int step = 1; step < kLanes; step *= 2) {
+    F32 dealt[kLanes];
+#pragma GCC unroll 8
+    for (int i = 0; i < kLanes / 2; ++i) {
+      dealt[2 * i] = __builtin_shufflevector(x[i], x[i + kLanes / 2], RAPTAX_LOW);
+      dealt[2 * i + 1] = __builtin_shufflevector(x[i], x[i + kLanes / 2], RAPTAX_HIGH);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) x[i] = dealt[i];
+  }
+}
+#undef RAPTAX_LOW
+#undef RAPTAX_HIGH
+
+// Flushes denormals to zero while it lives: tails of exponentials would crawl otherwise.
+class NoDenormals {
+ public:
+#if defined(__x86_64__)
+  NoDenormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | 0x8040); }
+  ~NoDenormals() { _mm_setcsr(before_); }
+
+ private:
+  unsigned before_;
+#else
+  NoDenormals() {}
+  ~NoDenormals() {}
+#endif
+  NoDenormals(const NoDenormals&) = delete;
+  NoDenormals& operator=(const NoDenormals&) = delete;
+};
 
 }  // namespace RAPTAX_ISA
 }  // namespace raptax

@@ -11,12 +11,15 @@ import pytest
 import raptax
 from raptax import KERNELS, Causal, SlidingWindow, SoftCap, Unsupported
 from raptax._types import position_indices, query_positions
-from raptax.kernels import blockwise_attention, reference_attention
+from raptax.kernels import blockwise_attention, native, reference_attention
 from raptax.kernels.tiles import MANY_TILES, TILE
 from tests.problems import PROBLEMS, Problem
 
 KERNEL = {kernel.name: kernel for kernel in KERNELS}
-ALL = pytest.mark.parametrize("name", KERNEL)
+BUILT = pytest.mark.skipif(not native.available(), reason="native was not built")
+ALL = pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=BUILT if n == "native" else ()) for n in KERNEL]
+)
 REST = [pytest.param(n, marks=pytest.mark.slow) for n in KERNEL if n != "blockwise"]
 BLOCKWISE_FIRST = pytest.mark.parametrize("name", ["blockwise", *REST])
 
@@ -199,7 +202,9 @@ def test_empty_rows_are_zero_and_have_no_gradient(name):
     assert (out[:, :, 235:] != 0).all()
 
 
-@pytest.mark.parametrize("name", ["blockwise", "reference"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("native", marks=BUILT), "blockwise", "reference"]
+)
 def test_window_counts_its_own_key(name):
     """Row i sees min(i + 1, size) keys: with equal scores and v = 1 / S, by the sum."""
     S, size = 300, 37
@@ -210,7 +215,9 @@ def test_window_counts_its_own_key(name):
     np.testing.assert_array_equal(seen, np.minimum(np.arange(S) + 1, size))
 
 
-@pytest.mark.parametrize("name", ["blockwise", "reference"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("native", marks=BUILT), "blockwise", "reference"]
+)
 def test_gradients_reach_what_a_function_captures(name):
     problem = PROBLEMS["documents"]
     q, k, v = problem.arrays(jnp.float32)

@@ -16,6 +16,7 @@ import pytest
 import raptax
 from raptax import Causal, Documents, SlidingWindow, SoftCap, attention
 from raptax._types import position_indices
+from raptax.kernels import native
 
 ELSEWHERE = {
     2: "test_kernels.test_empty_rows_are_zero_and_have_no_gradient",
@@ -43,7 +44,9 @@ ELSEWHERE = {
     42: "test_derivatives.test_gradients_under_shard_map",
 }
 NOT_YET = {39: "there is no quantised cache"}
-KERNELS = pytest.mark.parametrize("kernel", ["blockwise", "reference"])
+BUILT = pytest.mark.skipif(not native.available(), reason="native was not built")
+NATIVE = pytest.param("native", marks=BUILT)
+KERNELS = pytest.mark.parametrize("kernel", [NATIVE, "blockwise", "reference"])
 
 
 def test_every_fault_has_its_test():
@@ -202,6 +205,8 @@ def test_row_38_keys_keep_their_positions_when_the_first_are_dropped():
     [
         ("blockwise", "float32"),
         ("blockwise", "bfloat16"),
+        pytest.param("native", "float32", marks=BUILT),
+        pytest.param("native", "bfloat16", marks=BUILT),
         *(
             pytest.param(kernel, dtype, marks=pytest.mark.slow)
             for kernel, dtype in (

@@ -8,6 +8,7 @@ import jax
 from .._types import AttentionFn
 from .blockwise import blockwise_attention
 from .jax_nn import jax_nn_attention, why_not_jax_nn
+from .native_attention import native_attention, why_not_native
 from .reference import reference_attention
 
 
@@ -39,6 +40,7 @@ def _stores_scores(*_: object, **__: object) -> str:
 
 
 KERNELS = (
+    Kernel("native", native_attention, why_not_native, _never),
     Kernel("jax_nn", jax_nn_attention, why_not_jax_nn, _off_gpu),
     Kernel("blockwise", blockwise_attention, _never, _never),
     Kernel("reference", reference_attention, _never, _stores_scores),

@@ -1,0 +1,291 @@
+// The forward pass in bfloat16 on a machine with matrix tiles (AMX).
+//
+// The rows of one task and one block of keys make units, which go through three stages:
+// scores = queries keys^T, their softmax, and output += weights values. While the vector
+// units do the second stage of one unit, the tile unit does the first of the next and
+// the third of the one before, a step after each row.
+
+#pragma once
+
+#include "amx_products.inl"
+#include "amx_softmax.inl"
+#include "blocks.inl"
+
+namespace raptax {
+namespace RAPTAX_ISA {
+
+constexpr int64_t kUnit = 64;                    // query rows of a unit
+constexpr int64_t kGroup = 32;                   // rows of a tile product
+constexpr int64_t kScoreStride = kKeys + kLanes;  // not a power of 2: see cache sets
+
+// Sizes in numbers of what is packed.
+struct AmxSizes {
+  int64_t D, E;  // rounded up
+
+  explicit AmxSizes(const Shape& shape)
+      : D(rounded_up(shape.D, kStep)), E(rounded_up(shape.E, kStep)) {}
+
+  int64_t keys() const { return kKeys * D; }
+  int64_t block() const { return kKeys * (D + E); }
+  int64_t out_stride() const { return E + kLanes; }
+};
+
+static void pack_block_amx_of(const Forward& f, int64_t b, int64_t kv, int64_t block,
+                              Bf16* packed) {
+  const Shape& s = f.shape;
+  int64_t row = (b * s.K + kv) * s.S + block * kKeys;
+  pack_block_amx(static_cast<const Bf16*>(f.key) + row * s.D, s.D,
+                 static_cast<const Bf16*>(f.value) + row * s.E, s.E,
+                 least(kKeys, s.S - block * kKeys), packed, packed + AmxSizes(s).keys());
+}
+
+// kQueries rows of one head. Its memory: see bytes().
+class AmxTile {
+ public:
+  static size_t bytes(const Forward& f) {
+    AmxSizes sizes(f.shape);
+    size_t bytes = 2 * sizes.block() * sizeof(Bf16);               // when not packed before
+    bytes += kQueries * sizes.D * sizeof(Bf16);                    // query_
+    bytes += kQueries * sizes.out_stride() * sizeof(float);        // out_
+    bytes += 2 * kUnit * kScoreStride * sizeof(float);             // scores_
+    bytes += 2 * kUnit * kKeys * sizeof(Bf16);                     // weights_
+    bytes += kQueries * (kLanes + 2) * sizeof(float);              // total_, high_, shrink_
+    bytes += rounded_up(product_count(sizes) * sizeof(TileProduct), 64);
+    return bytes + Changes::bytes(f.rules);
+  }
+
+  AmxTile(const Forward& f, int64_t b, int64_t h, int64_t t, char* memory)
+      : f_(f),
+        sizes_(f.shape),
+        b_(b),
+        h_(h),
+        t_(t),
+        rows_(least(kQueries, f.shape.T - t)),
+        position_(f.rules.first(b) + t),
+        block_(take<Bf16>(&memory, 2 * sizes_.block())),
+        query_(take<Bf16>(&memory, kQueries * sizes_.D)),
+        out_(take<float>(&memory, kQueries * sizes_.out_stride())),
+        scores_(take<float>(&memory, 2 * kUnit * kScoreStride)),
+        weights_(take<Bf16>(&memory, 2 * kUnit * kKeys)),
+        total_(take<float>(&memory, kQueries * kLanes)),
+        high_(take<float>(&memory, kQueries)),
+        shrink_(take<float>(&memory, kQueries)),
+        queue_(take<TileProduct>(&memory, product_count(sizes_))),
+        changes_(f.rules, b, h, memory) {}
+
+  // `packed` holds the blocks of the kv head from the one of key 0 on, or is null.
+  void run(const Bf16* packed) {
+    begin();
+    Unit before{}, now{}, next = first_unit(packed);
+    while (before.rows != 0 || now.rows != 0 || next.rows != 0) {
+      queue_.clear();
+      if (before.rows != 0) queue_values(before);
+      if (next.rows != 0) queue_keys(next);
+      if (now.rows != 0) weigh(now);
+      queue_.advance(queue_.steps());
+      if (now.rows != 0) shrink(now);
+      before = now;
+      now = next;
+      if (next.rows != 0) next = next_unit(next, packed);
+    }
+    finish();
+  }
+
+ private:
+  // Rows first .. first + rows - 1 of the tile, and a block of keys. `side` says which
+  // half of scores_ and weights_ is its own.
+  struct Unit {
+    int64_t row, rows;  // none: there is no such unit
+    int64_t block, count;
+    Kind kind;
+    const Bf16* packed;
+    int64_t side;
+
+    int64_t first_key() const { return block * kKeys; }
+  };
+
+  template <typename T>
+  static T* take(char** memory, int64_t count) {
+    T* taken = reinterpret_cast<T*>(*memory);
+    *memory += rounded_up(count * sizeof(T), 64);
+    return taken;
+  }
+  static int64_t product_count(const AmxSizes& sizes) {
+    return kUnit / kGroup * (kKeys / kStep + sizes.E / kStep);
+  }
+
+  void begin() {
+    const Shape& s = f_.shape;
+    const Bf16* query = static_cast<const Bf16*>(f_.query);
+    query += ((b_ * s.H + h_) * s.T + t_) * s.D;
+    for (int64_t r = 0; r < rows_; r += 16) {
+      pack_left(query + r * s.D, least(16, rows_ - r), s.D, query_ + r * sizes_.D);
+    }
+    const float* sink = f_.rules.sinks == nullptr ? nullptr : f_.rules.sinks + h_;
+    for (int64_t r = 0; r < rows_; ++r) running(r).begin(sink);
+    memset(out_, 0, kQueries * sizes_.out_stride() * sizeof(float));
+    blocks_ = blocks_seen(f_, b_, t_, rows_);
+  }
+
+  AmxRunning running(int64_t r) { return {high_ + r, total_ + r * kLanes}; }
+
+  Unit first_unit(const Bf16* packed) { return unit_from(blocks_.first, 0, 0, packed); }
+  Unit next_unit(const Unit& unit, const Bf16* packed) {
+    return unit_from(unit.block, unit.row + kUnit, 1 - unit.side, packed);
+  }
+
+  // The first unit from rows `row` and block `block` on in which something is seen.
+  Unit unit_from(int64_t block, int64_t row, int64_t side, const Bf16* packed) {
+    for (; block < blocks_.last; ++block, row = 0) {
+      int64_t count = least(kKeys, f_.shape.S - block * kKeys);
+      Kind kind = kind_of(f_.rules.kinds, b_, h_, t_, rows_, block * kKeys, count);
+      for (; row < rows_ && kind != kEmpty; row += kUnit) {
+        Unit unit = {row, least(kUnit, rows_ - row), block, count, kind, nullptr, side};
+        if (panels(unit, row, unit.rows).empty()) continue;
+        unit.packed = packed_block(block, packed);
+        return unit;
+      }
+    }
+    return {};
+  }
+
+  const Bf16* packed_block(int64_t block, const Bf16* packed) {
+    if (packed != nullptr) return packed + block * sizes_.block();
+    // Products with the block before may still be under way.
+    Bf16* own = block_ + block % 2 * sizes_.block();
+    if (block != packed_here_) {
+      pack_block_amx_of(f_, b_, h_ / (f_.shape.H / f_.shape.K), block, own);
+    }
+    packed_here_ = block;
+    return own;
+  }
+
+  // Columns that rows row .. row + rows - 1 of the tile may see, in whole steps.
+  Columns panels(const Unit& unit, int64_t row, int64_t rows) const {
+    const Band& band = f_.rules.band;
+    Columns first = seen_by(band, position_ + row, unit.first_key(), unit.count);
+    Columns last = seen_by(band, position_ + row + rows - 1, unit.first_key(), unit.count);
+    if (first.first >= last.last) return {0, 0};
+    return {first.first / kStep * kStep, rounded_up(last.last, kStep)};
+  }
+  int64_t rows_of(const Unit& unit, int64_t group) const {
+    return least(kGroup, unit.rows - group);
+  }
+
+  float* scores(const Unit& unit, int64_t row) {
+    return scores_ + (unit.side * kUnit + row) * kScoreStride;
+  }
+  // Weights of 16 rows are kKeys / kStep tiles.
+  Bf16* weights(const Unit& unit, int64_t row) {
+    return weights_ + (unit.side * kUnit + row / 16 * 16) * kKeys + row % 16 * kStep;
+  }
+
+  void queue_keys(const Unit& unit) {
+    int64_t steps = sizes_.D / kStep;
+    for (int64_t j = 0; j < unit.count; j += kStep) {
+      for (int64_t g = 0; g < unit.rows; g += kGroup) {
+        Columns whole = panels(unit, unit.row + g, rows_of(unit, g));
+        if (j < whole.first || j >= whole.last) continue;
+        const Bf16* a = query_ + (unit.row + g) * sizes_.D;
+        const Bf16* b = unit.packed + j * sizes_.D;
+        queue_.push({bytes_at(a), steps * kTileBytes, bytes_at(b), steps * kTileBytes, steps,
+                     scores(unit, g) + j, kScoreStride * 4, false});
+      }
+    }
+  }
+
+  void queue_values(const Unit& unit) {
+    constexpr int64_t kSteps = kKeys / kStep;
+    const Bf16* values = unit.packed + sizes_.keys();
+    for (int64_t e = 0; e < sizes_.E; e += kStep) {
+      for (int64_t g = 0; g < unit.rows; g += kGroup) {
+        Columns whole = panels(unit, unit.row + g, rows_of(unit, g));
+        if (whole.empty()) continue;
+        int64_t skipped = whole.first / kStep * kTileNumbers;
+        const Bf16* a = weights(unit, g) + skipped;
+        const Bf16* b = values + e * kKeys + skipped;
+        queue_.push({bytes_at(a), kSteps * kTileBytes, bytes_at(b), kSteps * kTileBytes,
+                     (whole.last - whole.first) / kStep,
+                     out_ + (unit.row + g) * sizes_.out_stride() + e,
+                     sizes_.out_stride() * 4, true});
+      }
+    }
+  }
+  static const char* bytes_at(const Bf16* x) { return reinterpret_cast<const char*>(x); }
+
+  // The softmax of a unit, with the queued products in between.
+  void weigh(const Unit& unit) {
+    bool change = changes_.keys(unit.first_key(), unit.count, unit.kind);
+    int64_t steps = queue_.steps(), done = 0;
+    for (int64_t g = 0; g < unit.rows; g += kGroup) {
+      Columns whole = panels(unit, unit.row + g, rows_of(unit, g));
+      int64_t last = g + rows_of(unit, g);
+      for (int64_t r = g; r < last; ++r) {
+        if (change && r % 8 == 0 && !whole.empty()) {
+          int64_t row = unit.row + r;
+          changes_.change(t_ + row, position_ + row, least(8, last - r), scores(unit, r),
+                          kScoreStride, whole);
+        }
+        if (!whole.empty()) weigh_row(unit, r, whole, change);
+        int64_t due = steps * (r + 1) / unit.rows;
+        queue_.advance(due - done);
+        done = due;
+      }
+    }
+  }
+
+  void weigh_row(const Unit& unit, int64_t r, Columns whole, bool change) {
+    int64_t row = unit.row + r, position = position_ + row;
+    float* from = scores(unit, r);
+    Columns seen = seen_by(f_.rules.band, position, unit.first_key(), unit.count);
+    Exponents how = {change, change ? 1.0f : f_.rules.scale};
+    Bf16* to = weights(unit, r);
+    shrink_[row] = 1;
+    if (high_[row] > -kInf && weigh_known(from, to, seen, whole, how, running(row))) return;
+    shrink_[row] = weigh_some(from, to, seen, whole, how, running(row));
+  }
+
+  // The output so far follows the maximum. Not before all products of it are done.
+  void shrink(const Unit& unit) {
+    for (int64_t g = 0; g < unit.rows; g += kGroup) {
+      if (panels(unit, unit.row + g, rows_of(unit, g)).empty()) continue;
+      for (int64_t r = unit.row + g; r < unit.row + g + rows_of(unit, g); ++r) {
+        if (shrink_[r] == 1) continue;
+        float* out = out_ + r * sizes_.out_stride();
+        for (int64_t e = 0; e < sizes_.E; e += kLanes) {
+          store(out + e, load(out + e) * shrink_[r]);
+        }
+      }
+    }
+  }
+
+  void finish() {
+    const Shape& s = f_.shape;
+    int64_t first = (b_ * s.H + h_) * s.T + t_;
+    for (int64_t r = 0; r < rows_; ++r) {
+      Running row = running(r).sum();
+      float total = row.sum(), share = total == 0 ? 0.0f : 1 / total;
+      // Weights are too large by kRaised and cut off; so they are right as they are.
+      for (int64_t e = 0; e < s.E; e += kLanes) {
+        F32 x = load(out_ + r * sizes_.out_stride() + e) * share;
+        store_some(Type::kBF16, f_.out, (first + r) * s.E + e, x, s.E - e);
+      }
+      f_.lse[first + r] = row.log_sum_exp();
+    }
+  }
+
+  TileUnit tiles_;
+  const Forward& f_;
+  AmxSizes sizes_;
+  int64_t b_, h_, t_, rows_, position_, packed_here_ = -1;
+  Blocks blocks_{0, 0};
+  Bf16 *block_, *query_;
+  float *out_, *scores_;
+  Bf16* weights_;
+  float *total_, *high_, *shrink_;
+  TileQueue queue_;
+  Changes changes_;
+};
+
+}  // namespace RAPTAX_ISA
+}  // namespace raptax

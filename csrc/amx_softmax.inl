@@ -1,0 +1,111 @@
+// The softmax of softmax.inl with weights in bfloat16, as left operands of tile products.
+//
+// Weights are made a little too large and then cut off instead of rounded, so that on
+// average nothing is lost; the sum is of the same numbers. It is also the guard: as long
+// as it is not too large no score was far above the maximum so far, and nobody looks for
+// the new one.
+
+#pragma once
+
+#include "amx_pack.inl"
+#include "softmax.inl"
+
+namespace raptax {
+namespace RAPTAX_ISA {
+
+constexpr float kRaised = 1.002818f;  // 1 + 2^-8 * mean of 1 / m for log-uniform m
+constexpr float kMuch = 4096;
+
+// kRaised * 2^x to within 7.5e-5, for bfloat16. x is any number, or -Inf.
+static inline F32 exp2_raised(F32 x) {
+  F32 f = (F32)_mm512_reduce_ps((__m512)x, 1);
+  F32 y = all(0.0780245215f * kRaised) * f + 0.226067156f * kRaised;
+  y = y * f + 0.695833564f * kRaised;
+  y = y * f + 0.999925196f * kRaised;
+  return (F32)_mm512_scalef_ps((__m512)y, (__m512)x);
+}
+
+static inline void store_weights(Bf16* to, F32 first, F32 second) {
+  __m512i low = _mm512_srli_epi32((__m512i)first, 16);
+  __m512i both = _mm512_mask_blend_epi16(0xaaaaaaaau, low, (__m512i)second);
+  memcpy(to, &both, sizeof both);
+}
+
+// A row of the softmax: exp(score - high) adds up to the lanes of total / kRaised.
+struct AmxRunning {
+  float* high;
+  float* total;  // kLanes
+
+  void begin(const float* sink) {
+    Running row;
+    row.begin(sink);
+    *high = row.high;
+    store(total, F32{});
+    total[0] = row.total * kRaised;
+  }
+  Running sum() const { return {*high, sum_of(load(total)) / kRaised}; }
+};
+
+// Weighs scores[whole] by a maximum that is known; unless `kCut`, all of them are seen.
+// Returns false, and leaves the sum alone, if some score is far above it.
+template <bool kChanged, bool kCut>
+static inline bool weigh_known(const float* scores, Bf16* weights, Columns seen,
+                               Columns whole, Exponents to, AmxRunning row) {
+  F32 first = F32{}, second = F32{}, nothing = all(-kInf);
+  F32 unit = all(to.scale * kLog2OfE), high = all(to.high_of(*row.high));
+  for (int64_t j = whole.first; j < whole.last; j += kStep) {
+    F32 x = exponent<kChanged>(load(scores + j), unit, high);
+    F32 y = exponent<kChanged>(load(scores + j + kLanes), unit, high);
+    if (kCut) {
+      x = between(seen.first - j, seen.last - j, x, nothing);
+      y = between(seen.first - j - kLanes, seen.last - j - kLanes, y, nothing);
+    }
+    x = exp2_raised(x);
+    y = exp2_raised(y);
+    first += x;
+    second += y;
+    store_weights(weights + j / kStep * kTileNumbers, x, y);
+  }
+  first += second;
+  __mmask16 much = _mm512_cmp_ps_mask((__m512)first, _mm512_set1_ps(kMuch), _CMP_GT_OQ);
+  if (much != 0) return false;
+  store(row.total, load(row.total) + first);
+  return true;
+}
+
+static inline bool weigh_known(const float* scores, Bf16* weights, Columns seen,
+                               Columns whole, Exponents to, AmxRunning row) {
+  bool cut = seen.first > whole.first || seen.last < whole.last;
+  if (to.changed) {
+    return cut ? weigh_known<true, true>(scores, weights, seen, whole, to, row)
+               : weigh_known<true, false>(scores, weights, seen, whole, to, row);
+  }
+  return cut ? weigh_known<false, true>(scores, weights, seen, whole, to, row)
+             : weigh_known<false, false>(scores, weights, seen, whole, to, row);
+}
+
+// As weigh() of softmax.inl.
+static float weigh_some(const float* scores, Bf16* weights, Columns seen, Columns whole,
+                        Exponents to, AmxRunning row) {
+  float shrink = follow(scores, seen, to, *row.high);
+  bool none = *row.high == -kInf;
+  F32 unit = all(to.scale * kLog2OfE), high = all(to.high_of(*row.high));
+  F32 sum = load(row.total) * shrink, nothing = all(-kInf);
+  for (int64_t j = whole.first; j < whole.last; j += kStep) {
+    F32 x[2] = {};
+    for (int i = 0; i < 2 && !none; ++i) {
+      int64_t at = j + i * kLanes;
+      F32 score = load(scores + at);
+      x[i] = to.changed ? exponent<true>(score, unit, high)
+                        : exponent<false>(score, unit, high);
+      x[i] = exp2_raised(between(seen.first - at, seen.last - at, x[i], nothing));
+      sum += x[i];
+    }
+    store_weights(weights + j / kStep * kTileNumbers, x[0], x[1]);
+  }
+  store(row.total, sum);
+  return shrink;
+}
+
+}  // namespace RAPTAX_ISA
+}  // namespace raptax

@@ -1,0 +1,359 @@
+// The backward kernel's matrix products in bfloat16, on AMX's tiles.
+//
+// A left operand has 32 numbers of a row in each row of its tile, a right one two numbers
+// of each of 16 columns. What the sum runs over goes in pairs of n and n + 16 of every 32,
+// so that two vectors of float32 become one of pairs by a shift and a blend.
+
+#pragma once
+
+#include "amx_products.inl"
+#include "back_scores.inl"
+
+namespace raptax {
+namespace RAPTAX_ISA {
+
+// Two vectors rounded to bfloat16: `first` in the low halves, `second` in the high ones.
+static inline Pairs back_pairs(F32 first, F32 second) {
+  const __m512i half = _mm512_set1_epi32(0x8000);
+  __m512i low = _mm512_srli_epi32(_mm512_add_epi32((__m512i)first, half), 16);
+  __m512i high = _mm512_add_epi32((__m512i)second, half);
+  return (Pairs)_mm512_mask_blend_epi16(0xaaaaaaaau, low, high);
+}
+
+// Zeros for what is not finite. Returns whether all is.
+static inline bool back_scrub(Pairs* x) {
+  const __m512i exponent = _mm512_set1_epi16(0x7f80);
+  __mmask32 bad = _mm512_cmpeq_epi16_mask(_mm512_and_si512((__m512i)*x, exponent), exponent);
+  *x = (Pairs)_mm512_maskz_mov_epi16(static_cast<__mmask32>(~bad), (__m512i)*x);
+  return bad == 0;
+}
+
+// A left operand: rows of `stride` numbers.
+struct BackTiles {
+  const Bf16* left;
+  int64_t stride;
+  const Bf16* right;      // tiles of 16 columns, one for each step
+  int64_t right_columns;  // numbers from there to the next 16 columns
+};
+
+// c (32 x 32) (+)= a b, over steps of 32.
+static inline void back_tile_product(int64_t steps, const BackTiles& x, float* c,
+                                     int64_t c_stride, bool add) {
+  char* above = reinterpret_cast<char*>(c);
+  char* below = above + 64 * c_stride;
+  const int64_t pitch = 4 * c_stride;
+  if (add) {
+    _tile_loadd(0, above, pitch);
+    _tile_loadd(1, above + 64, pitch);
+    _tile_loadd(2, below, pitch);
+    _tile_loadd(3, below + 64, pitch);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (int64_t n = 0; n < steps; ++n) {
+    const Bf16* a = x.left + n * kStep;
+    const Bf16* b = x.right + n * kTileNumbers;
+    _tile_loadd(4, a, 2 * x.stride);
+    _tile_loadd(6, b, 64);
+    _tile_loadd(7, b + x.right_columns, 64);
+    _tile_loadd(5, a + 16 * x.stride, 2 * x.stride);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_stored(0, above, pitch);
+  _tile_stored(1, above + 64, pitch);
+  _tile_stored(2, below, pitch);
+  _tile_stored(3, below + 64, pitch);
+}
+
+// See BackFloat: the same verbs. dK and dV are summed up transposed.
+class BackAmx {
+ public:
+  static constexpr int64_t kQueries = 128, kKeys = 256, kUnit = 32;
+
+  static size_t bytes(const Shape& shape) { return lay_out(shape, nullptr, nullptr); }
+
+  BackAmx(const Backward& p, float* memory) : p_(p), shape_(p.forward.shape) {
+    lay_out(shape_, this, reinterpret_cast<char*>(memory));
+  }
+
+  static bool direct(const Backward&) { return false; }
+  static float query_factor(const Backward& p) { return p.forward.rules.scale; }
+
+  void keys(int64_t b, int64_t kv, int64_t key, int64_t keys) {
+    const Forward& f = p_.forward;
+    const int64_t row = (b * shape_.K + kv) * shape_.S + key;
+    poison_ = nullptr;
+    const int64_t count = back_up(keys, kStep);
+    key_rows(f.key, row, keys, shape_.D, k_size_, room_);
+    columns(room_, count, k_size_, key_columns_);
+    pairs(room_, count, k_size_, key_pairs_);
+    key_rows(f.value, row, keys, shape_.E, v_size_, room_);
+    columns(room_, count, v_size_, value_columns_);
+    memset(d_key_, 0, sizeof(float) * kKeys * k_size_);
+    memset(d_value_, 0, sizeof(float) * kKeys * v_size_);
+  }
+
+  const float* poison() const { return poison_; }
+
+  void queries(const BackPlace& at, float* shift) {
+    const Forward& f = p_.forward;
+    const int64_t first = (at.b * shape_.H + at.h) * shape_.T + at.row;
+    rows_ = back_up(at.rows, kStep);
+    bool good[kQueries];
+    rows_of(f.query, first, at.rows, shape_.D, k_size_, query_, good);
+    for (int64_t r = 0; r < at.rows; ++r) {
+      if (!good[r]) shift[r] += __builtin_nanf("");
+    }
+    rows_of(p_.d_out, first, at.rows, shape_.E, v_size_, d_out_, good);
+    turned(query_, rows_, k_size_, query_turned_);
+    turned(d_out_, rows_, v_size_, d_out_turned_);
+  }
+
+  void weigh(const BackPlace& at, BackScores* scores, const BackRows& known) {
+    for (int64_t r = 0; r < rows_; r += kStep) {
+      const Strip seen = strips_[r / kStep] = scores->seen(r, r + kStep, kStep);
+      barrier();
+      for (int64_t c = seen.from; c < seen.to; c += kStep) {
+        const int64_t d = k_size_ * 16, e = v_size_ * 16;  // numbers of 16 columns
+        back_tile_product(k_size_ / kStep,
+                          {query_ + r * k_size_, k_size_, key_columns_ + c / 16 * d, d},
+                          scores_ + c, kKeys, false);
+        back_tile_product(v_size_ / kStep,
+                          {d_out_ + r * v_size_, v_size_, value_columns_ + c / 16 * e, e},
+                          slopes_ + c, kKeys, false);
+      }
+      barrier();
+      const int64_t end = at.rows < r + kStep ? at.rows : r + kStep;
+      scores->rows(r, end, known, scores_, slopes_, kKeys);
+      for (int64_t n = end - r; n < kStep; ++n) {
+        memset(scores_ + n * kKeys, 0, sizeof(float) * kKeys);
+        memset(slopes_ + n * kKeys, 0, sizeof(float) * kKeys);
+      }
+      round(seen, r);
+    }
+  }
+
+  void add_to_keys(const BackPlace& at) {
+    barrier();
+    for (int64_t c = at.from; c < at.to; c += kStep) {
+      int64_t first = 0, last = rows_;  // of the rows that see some of these columns
+      while (first < last && !sees(first, c)) first += kStep;
+      while (first < last && !sees(last - kStep, c)) last -= kStep;
+      if (first == last) continue;
+      const int64_t skip = c / 16 * kPanel + first * 16, steps = (last - first) / kStep;
+      for (int64_t e = 0; e < v_size_; e += kStep) {
+        back_tile_product(steps,
+                          {d_out_turned_ + e * kQueries + first, kQueries,
+                           weight_pairs_ + skip, kPanel},
+                          d_value_ + e * kKeys + c, kKeys, true);
+      }
+      for (int64_t d = 0; d < k_size_; d += kStep) {
+        back_tile_product(steps,
+                          {query_turned_ + d * kQueries + first, kQueries,
+                           slope_pairs_ + skip, kPanel},
+                          d_key_ + d * kKeys + c, kKeys, true);
+      }
+    }
+    barrier();
+  }
+
+  // Writes whole blocks of 32 rows.
+  void add_to_queries(const BackPlace& at, float* sums, int64_t stride, bool add) {
+    barrier();
+    constexpr int64_t kColumns = kKeys * 16;  // numbers of 16 columns of K
+    for (int64_t r = 0; r < at.rows; r += kStep) {
+      const Strip seen = strips_[r / kStep];
+      for (int64_t d = 0; d < k_size_; d += kStep) {
+        back_tile_product((seen.to - seen.from) / kStep,
+                          {slope_rows_ + r * kKeys + seen.from, kKeys,
+                           key_pairs_ + d / 16 * kColumns + seen.from * 16, kColumns},
+                          sums + r * stride + d, stride, add);
+      }
+    }
+    barrier();
+  }
+
+  void finish(int64_t b, int64_t kv, int64_t key, int64_t keys) {
+    const int64_t row = (b * shape_.K + kv) * shape_.S + key;
+    put(d_key_, k_size_, shape_.D, p_.forward.rules.scale, p_.d_key, row, keys);
+    put(d_value_, v_size_, shape_.E, 1, p_.d_value, row, keys);
+  }
+
+ private:
+  static constexpr int64_t kPanel = kQueries * 16;  // numbers of 16 columns of weights
+
+  bool sees(int64_t row, int64_t column) const {
+    const Strip& strip = strips_[row / kStep];
+    return column >= strip.from && column < strip.to;
+  }
+
+  // The tile intrinsics do not tell GCC 12 what memory they read and write.
+  static void barrier() { asm volatile("" ::: "memory"); }
+
+  static size_t lay_out(const Shape& shape, BackAmx* self, char* memory) {
+    const int64_t k = back_up(shape.D, kStep), v = back_up(shape.E, kStep);
+    const int64_t wide = k > v ? k : v;
+    size_t used = 0;
+    auto take = [&](auto BackAmx::*array, int64_t count, int64_t bytes) {
+      if (self != nullptr) {
+        self->*array = reinterpret_cast<decltype(self->*array + 0)>(memory + used);
+      }
+      used += static_cast<size_t>(back_up(count * bytes, 64));
+    };
+    take(&BackAmx::key_columns_, kKeys * k, 2);
+    take(&BackAmx::key_pairs_, kKeys * k, 2);
+    take(&BackAmx::value_columns_, kKeys * v, 2);
+    take(&BackAmx::room_, kKeys * wide, 2);
+    take(&BackAmx::query_, kQueries * k, 2);
+    take(&BackAmx::query_turned_, kQueries * k, 2);
+    take(&BackAmx::d_out_, kQueries * v, 2);
+    take(&BackAmx::d_out_turned_, kQueries * v, 2);
+    take(&BackAmx::weight_pairs_, kQueries * kKeys, 2);
+    take(&BackAmx::slope_pairs_, kQueries * kKeys, 2);
+    take(&BackAmx::slope_rows_, kQueries * kKeys, 2);
+    take(&BackAmx::scores_, kStep * kKeys, 4);
+    take(&BackAmx::slopes_, kStep * kKeys, 4);
+    take(&BackAmx::d_key_, kKeys * k, 4);
+    take(&BackAmx::d_value_, kKeys * v, 4);
+    take(&BackAmx::poison_room_, kKeys, 4);
+    take(&BackAmx::row_room_, 16 * wide, 4);
+    if (self != nullptr) self->k_size_ = k, self->v_size_ = v;
+    return used;
+  }
+
+  // Rows as they are, finite, with zeros up to `padded` numbers and kStep rows.
+  static void rows_of(const void* from, int64_t row, int64_t count, int64_t size,
+                      int64_t padded, Bf16* to, bool* good) {
+    for (int64_t r = 0; r < count; ++r) {
+      const Bf16* source = static_cast<const Bf16*>(from) + (row + r) * size;
+      good[r] = true;
+      for (int64_t d = 0; d < padded; d += kStep) {
+        Pairs x = load_pairs(source, d, size);
+        good[r] &= back_scrub(&x);
+        memcpy(to + r * padded + d, &x, sizeof x);
+      }
+    }
+    memset(to + count * padded, 0, 2 * (back_up(count, kStep) - count) * padded);
+  }
+
+  void key_rows(const void* from, int64_t row, int64_t keys, int64_t size, int64_t padded,
+                Bf16* to) {
+    bool good[kKeys];
+    rows_of(from, row, keys, size, padded, to, good);
+    for (int64_t r = 0; r < keys; ++r) {
+      if (good[r]) continue;
+      if (poison_ == nullptr) memset(poison_room_, 0, sizeof(float) * kKeys);
+      poison_room_[r] = __builtin_nanf("");
+      poison_ = poison_room_;
+    }
+  }
+
+  // Right operands whose columns are the rows given: for each 16, tiles of 32 numbers.
+  static void columns(const Bf16* rows, int64_t count, int64_t size, Bf16* tiles) {
+    for (int64_t s = 0; s < count; s += 16) {
+      for (int64_t d = 0; d < size; d += kStep, tiles += kTileNumbers) {
+        F32 x[16];
+        for (int64_t i = 0; i < 16; ++i) memcpy(x + i, rows + (s + i) * size + d, 64);
+        transpose(x);
+        memcpy(tiles, x, sizeof x);
+      }
+    }
+  }
+
+  // 16 numbers of row i of 32, each paired with that of row i + 16.
+  static Pairs paired(const Bf16* rows, int64_t i, int64_t size) {
+    U32 low = load_row_part(rows + i * size, 0, 16);
+    U32 high = load_row_part(rows + (i + 16) * size, 0, 16);
+    return (Pairs)(low | (high << 16));
+  }
+
+  // Right operands that sum over rows: for each 16 columns, tiles of 32 of kKeys rows.
+  static void pairs(const Bf16* rows, int64_t count, int64_t size, Bf16* tiles) {
+    for (int64_t d = 0; d < size; d += 16) {
+      for (int64_t s = 0; s < count; s += kStep) {
+        Bf16* tile = tiles + d * kKeys + s * 16;
+        for (int64_t i = 0; i < 16; ++i) {
+          Pairs x = paired(rows + s * size + d, i, size);
+          memcpy(tile + i * kStep, &x, sizeof x);
+        }
+      }
+    }
+  }
+
+  // Left operands that sum over rows: a row of kQueries for each column.
+  static void turned(const Bf16* rows, int64_t count, int64_t size, Bf16* to) {
+    for (int64_t d = 0; d < size; d += 16) {
+      for (int64_t s = 0; s < count; s += kStep) {
+        F32 x[16];
+        for (int64_t i = 0; i < 16; ++i) x[i] = (F32)paired(rows + s * size + d, i, size);
+        transpose(x);
+        for (int64_t i = 0; i < 16; ++i) {
+          memcpy(to + (d + i) * kQueries + s, x + i, sizeof x[i]);
+        }
+      }
+    }
+  }
+
+  // 32 rows of weights and gradients of scores to operands.
+  void round(const Strip& seen, int64_t row) {
+    for (int64_t c = seen.from; c < seen.to; c += kStep) {
+      Bf16* weights = weight_pairs_ + c / 16 * kPanel + row * 16;
+      Bf16* slopes = slope_pairs_ + c / 16 * kPanel + row * 16;
+      for (int64_t i = 0; i < 16; ++i) {
+        const float *w = scores_ + i * kKeys + c, *s = slopes_ + i * kKeys + c;
+        const float *w16 = w + 16 * kKeys, *s16 = s + 16 * kKeys;
+        F32 s0 = load(s), s1 = load(s + 16), t0 = load(s16), t1 = load(s16 + 16);
+        Pairs x[] = {back_pairs(load(w), load(w16)), back_pairs(load(w + 16), load(w16 + 16)),
+                     back_pairs(s0, t0), back_pairs(s1, t1),
+                     back_pairs(s0, s1), back_pairs(t0, t1)};
+        memcpy(weights + i * kStep, x, 64);
+        memcpy(weights + kPanel + i * kStep, x + 1, 64);
+        memcpy(slopes + i * kStep, x + 2, 64);
+        memcpy(slopes + kPanel + i * kStep, x + 3, 64);
+        memcpy(slope_rows_ + (row + i) * kKeys + c, x + 4, 64);
+        memcpy(slope_rows_ + (row + i + 16) * kKeys + c, x + 5, 64);
+      }
+    }
+  }
+
+  // Sums that lie transposed, to rows of the output.
+  void put(const float* sums, int64_t padded, int64_t size, float factor, void* to,
+           int64_t row, int64_t keys) {
+    for (int64_t s = 0; s < keys; s += 16) {
+      for (int64_t d = 0; d < padded; d += 16) {
+        F32 x[16];
+        for (int64_t i = 0; i < 16; ++i) x[i] = load(sums + (d + i) * kKeys + s);
+        transpose(x);
+        for (int64_t i = 0; i < 16; ++i) store(row_room_ + i * padded + d, x[i]);
+      }
+      for (int64_t i = 0; i < 16 && s + i < keys; ++i) {
+        back_put_row(row_room_ + i * padded, factor, to, Type::kBF16, (row + s + i) * size,
+                     size);
+      }
+    }
+  }
+
+  const Backward& p_;
+  const Shape& shape_;
+  TileUnit unit_;
+  Strip strips_[kQueries / kStep];  // what each 32 rows of the block see
+  int64_t k_size_ = 0, v_size_ = 0;  // D and E, in steps of 32
+  int64_t rows_ = 0;                 // of queries, in steps of 32
+  Bf16 *key_columns_ = nullptr, *key_pairs_ = nullptr, *value_columns_ = nullptr;
+  Bf16* room_ = nullptr;
+  Bf16 *query_ = nullptr, *query_turned_ = nullptr;
+  Bf16 *d_out_ = nullptr, *d_out_turned_ = nullptr;
+  Bf16 *weight_pairs_ = nullptr, *slope_pairs_ = nullptr, *slope_rows_ = nullptr;
+  float *scores_ = nullptr, *slopes_ = nullptr;  // 32 rows of them
+  float *d_key_ = nullptr, *d_value_ = nullptr;
+  float *poison_room_ = nullptr, *poison_ = nullptr, *row_room_ = nullptr;
+};
+
+}  // namespace RAPTAX_ISA
+}  // namespace raptax

@@ -1,0 +1,70 @@
+// Small matrix products in registers, float32.
+
+#pragma once
+
+#include "simd.h"
+
+namespace raptax {
+namespace RAPTAX_ISA {
+
+// Rows of a product that are worked on together: with two vectors each they fill the
+// registers.
+#if RAPTAX_LANES == 16
+constexpr int kRows = 8;
+#else
+constexpr int kRows = 6;
+#endif
+
+// c (+)= a b for R rows: a (R, n) and c (R, V vectors) with strides, b (n, V vectors)
+// without gaps. Sums run in the order of n whatever R is.
+template <int R, int V>
+static inline void multiply_rows(const float* a, int64_t a_stride, const float* b,
+                                 int64_t n, float* c, int64_t c_stride, bool add) {
+  F32 sum[R][V];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) {
+      sum[r][v] = add ? load(c + r * c_stride + v * kLanes) : F32{};
+    }
+  }
+  for (int64_t k = 0; k < n; ++k) {
+    F32 y[V];
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) y[v] = load(b + (k * V + v) * kLanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      F32 x = all(a[r * a_stride + k]);
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) sum[r][v] += x * y[v];
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) store(c + r * c_stride + v * kLanes, sum[r][v]);
+  }
+}
+
+template <int R, int V>
+static void multiply_up_to(int64_t rows, const float* a, int64_t a_stride, const float* b,
+                           int64_t n, float* c, int64_t c_stride, bool add) {
+  if (rows == R) {
+    multiply_rows<R, V>(a, a_stride, b, n, c, c_stride, add);
+  } else if constexpr (R > 1) {
+    multiply_up_to<R - 1, V>(rows, a, a_stride, b, n, c, c_stride, add);
+  }
+}
+
+// The same for up to kRows rows, and one or two vectors of columns.
+static void multiply(int64_t rows, int64_t columns, const float* a, int64_t a_stride,
+                     const float* b, int64_t n, float* c, int64_t c_stride, bool add) {
+  if (columns == kLanes) {
+    multiply_up_to<kRows, 1>(rows, a, a_stride, b, n, c, c_stride, add);
+  } else {
+    multiply_up_to<kRows, 2>(rows, a, a_stride, b, n, c, c_stride, add);
+  }
+}
+
+}  // namespace RAPTAX_ISA
+}  // namespace raptax
