@@ -22,6 +22,8 @@ from .layers.linear import CodesLinear as CodesLinear
 from .layers.linear import GGUFLinear as GGUFLinear
 from .layers.linear import Linear as Linear
 from .layers.norm import RMSNorm as RMSNorm
+from .layers.quantized import Float8Linear as Float8Linear
+from .layers.quantized import GPTQLinear as GPTQLinear
 from .mods import ALiBi as ALiBi
 from .mods import BidirectionalSpans as BidirectionalSpans
 from .mods import BlockCausal as BlockCausal
@@ -71,6 +73,14 @@ from .names import memory_efficient_attention as memory_efficient_attention
 from .names import prefix_lm_mod as prefix_lm_mod
 from .names import sliding_window_mod as sliding_window_mod
 from .names import standard_attention as standard_attention
+from .quant import Float8Config as Float8Config
+from .quant import Float8InputScaleSpec as Float8InputScaleSpec
+from .quant import Float8WeightScaleSpec as Float8WeightScaleSpec
+from .quant import QuantizationConfig as QuantizationConfig
+from .quant import float8_config_from_dict as float8_config_from_dict
 from .ring import ring_attention as ring_attention
+from .rope import DynamicRotaryEmbedding as DynamicRotaryEmbedding
+from .rope import LongRoPERotaryEmbedding as LongRoPERotaryEmbedding
+from .rope import MultiAxisRotaryEmbedding as MultiAxisRotaryEmbedding
 from .rope import RotaryEmbedding as RotaryEmbedding
 from .varlen import varlen_attention as varlen_attention

@@ -52,7 +52,7 @@ class AbstractAttention(nnx.Module):
         *,
         row_offsets: Int[Array, " offsets"] | None = None,
         layer: int | Int[Array, ""] = 0,
-        positions: Int[Array, "*rows"] | None = None,
+        positions: Int[Array, "..."] | None = None,
         mask_mod: MaskMod | None = Causal(),
         score_mod: ScoreMod | None = None,
     ) -> tuple[Float[Array, "*rows C"], PagedKVCache | None]:
@@ -65,8 +65,9 @@ class AbstractAttention(nnx.Module):
             row_offsets: Where each sequence's rows begin; see `raptax._types`.
                 A batch ``(B, T, C)`` has ``T`` rows each and needs none.
             layer: Which layer of the cache to use.
-            positions: Absolute positions for the rotary embedding. Without them, rows
-                count on from what the cache holds, or from 0.
+            positions: Absolute positions for the rotary embedding, one for each row, or
+                ``(*rows, A)`` if it turns along ``A`` axes. Without them, rows count on
+                from what the cache holds, or from 0.
             mask_mod: Which query may see which key; True means "may attend".
             score_mod: A change of the scaled scores.
 
@@ -80,7 +81,10 @@ class AbstractAttention(nnx.Module):
         else:
             x, offsets = _ragged(x, row_offsets, cache)
             counted = cache.positions(x.shape[0], offsets)
-        positions = counted if positions is None else positions.reshape(counted.shape)
+        if positions is None:
+            positions = counted
+        else:
+            positions = positions.reshape(*counted.shape, *positions.shape[len(lead) :])
         q, k, v = self._heads(x, positions)
         options: dict[str, Any] = dict(
             mask_mod=mask_mod, score_mod=score_mod, scale=self.scale

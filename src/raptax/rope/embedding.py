@@ -1,0 +1,115 @@
+"""`RotaryEmbedding`, the value that layers hold, and the rotation itself."""
+
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from .._errors import choices
+from .._pytree import pytree, static
+from .scaling import Frequencies, frequencies
+
+Layout = Literal["half", "interleaved"]
+
+
+def rotate(
+    x: Float[Array, "*rows heads D"],
+    cos: Float[Array, "*rows F"],
+    sin: Float[Array, "*rows F"],
+    layout: Layout = "half",
+) -> Float[Array, "*rows heads D"]:
+    """Turns the pairs of lanes of every head, in float32.
+
+    ``(a, b)`` becomes ``(a cos - b sin, a sin + b cos)``. Lanes beyond ``2 F`` pass: the
+    last ones in the half layout, the first ones in the interleaved layout.
+
+    Raises:
+        ValueError: ``2 F`` lanes are more than there are.
+    """
+    pairs, size = cos.shape[-1], x.shape[-1]
+    if 2 * pairs > size:
+        raise ValueError(f"{2 * pairs} rotary lanes do not fit a head size of {size}.")
+    cos, sin = cos[..., None, :], sin[..., None, :]
+    rest = size - 2 * pairs
+    if layout == "interleaved":
+        kept, turned = x[..., :rest], x[..., rest:]
+        turned = turned.reshape(*turned.shape[:-1], pairs, 2)
+        first, second = turned[..., 0], turned[..., 1]
+    else:
+        turned, kept = x[..., : 2 * pairs], x[..., 2 * pairs :]
+        first, second = turned[..., :pairs], turned[..., pairs:]
+    first, second = first.astype(jnp.float32), second.astype(jnp.float32)
+    new = first * cos - second * sin, first * sin + second * cos
+    if layout == "interleaved":
+        out = jnp.stack(new, axis=-1).reshape(*x.shape[:-1], 2 * pairs)
+        return jnp.concatenate([kept, out.astype(x.dtype)], axis=-1)
+    return jnp.concatenate([*(a.astype(x.dtype) for a in new), kept], axis=-1)
+
+
+@pytree
+class RotaryEmbedding:
+    """Rotates queries and keys by their absolute positions.
+
+    Build it with `RotaryEmbedding.create`, or hand it any frequencies. Head sizes above
+    the rotary size are rotated in part: the first lanes in the half layout, the last
+    ones in the interleaved layout (as DeepSeek's checkpoints need); the rest pass.
+
+    Attributes:
+        inv_freq: Radians a position, for each pair of lanes.
+        layout: Which lanes form a pair: "half" or "interleaved".
+        attention_scale: Multiplies cosines and sines; YaRN uses it.
+    """
+
+    inv_freq: Float[Array, " F"]
+    layout: Layout = static(default="half")
+    attention_scale: float = static(default=1.0)
+
+    def __post_init__(self) -> None:
+        if self.layout not in get_args(Layout):
+            raise ValueError(
+                f"layout={self.layout!r} is not one of {choices(get_args(Layout))}."
+            )
+
+    @classmethod
+    def create(
+        cls,
+        rotary_size: int,
+        theta: float = 10000.0,
+        *,
+        layout: Layout = "half",
+        inv_freq: Frequencies | None = None,
+        attention_scale: float = 1.0,
+    ) -> "RotaryEmbedding":
+        """From a base ``theta``, or from ``inv_freq`` that a scaling has changed."""
+        if inv_freq is None:
+            inv_freq = frequencies(rotary_size, theta)
+        if len(inv_freq) * 2 != rotary_size:
+            raise ValueError(
+                f"rotary_size={rotary_size} needs {rotary_size // 2} frequencies; got "
+                f"{len(inv_freq)}."
+            )
+        table = jnp.asarray(inv_freq.astype(np.float32))
+        return cls(table, layout, attention_scale)
+
+    @property
+    def interleaved(self) -> bool:
+        return self.layout == "interleaved"
+
+    def cos_sin(
+        self, positions: Int[Array, "*rows"]
+    ) -> tuple[Float[Array, "*rows F"], Float[Array, "*rows F"]]:
+        """Cosines and sines of ``positions * inv_freq``, in float32."""
+        inv_freq = self.inv_freq.reshape((1,) * positions.ndim + (-1,))
+        return self._cos_sin(positions.astype(jnp.float32)[..., None] * inv_freq)
+
+    def _cos_sin(self, angles: jax.Array) -> tuple[jax.Array, jax.Array]:
+        scale = jnp.float32(self.attention_scale)
+        return jnp.cos(angles) * scale, jnp.sin(angles) * scale
+
+    def __call__(
+        self, x: Float[Array, "*rows heads D"], positions: Int[Array, "*rows"]
+    ) -> Float[Array, "*rows heads D"]:
+        """Rotates every head of each row by the row's position; see `rotate`."""
+        return rotate(x, *self.cos_sin(positions), self.layout)
