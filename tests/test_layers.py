@@ -27,6 +27,7 @@ from raptax import (
     attention,
 )
 from raptax.layers import attention as layer_module
+from raptax.layers import packed
 from raptax.layers.linear import Projection, StackedQKV
 from raptax.quant import gguf
 
@@ -180,17 +181,20 @@ def test_max_ragged_prefill_mixed_step_and_decode():
         np.testing.assert_allclose(y, MAX[f"{call}.out"], rtol=0, atol=2e-5)
 
 
-def test_builds_define_init_alone():
+def test_builds_define_no_forward_pass():
     builds = [
         c
-        for _, c in inspect.getmembers(layer_module, inspect.isclass)
+        for _, c in (
+            *inspect.getmembers(layer_module, inspect.isclass),
+            *inspect.getmembers(packed, inspect.isclass),
+        )
         if issubclass(c, layer_module.AbstractAttention)
         and c is not layer_module.AbstractAttention
     ]
-    assert len(builds) >= 2
+    assert len(set(builds)) >= 4
     for build_class in builds:
         own = {n for n, v in vars(build_class).items() if inspect.isfunction(v)}
-        assert own <= {"__init__"}, build_class
+        assert own <= {"__init__", "shard"}, build_class
 
 
 # ------------------------------------------------------------------------- projections

@@ -7,8 +7,12 @@ from ._types import ScoreMod as ScoreMod
 from .block_mask import BlockMask as BlockMask
 from .block_mask import create_block_mask as create_block_mask
 from .caches import KVCacheParams as KVCacheParams
+from .caches import KVCacheStrategy as KVCacheStrategy
 from .caches import PageAllocator as PageAllocator
 from .caches import PagedKVCache as PagedKVCache
+from .caches import SlotAllocator as SlotAllocator
+from .caches import SlotKVCache as SlotKVCache
+from .caches import TensorKVCache as TensorKVCache
 from .dispatch import attention as attention
 from .dispatch import explain as explain
 from .dispatch import paged_attention as paged_attention
@@ -17,13 +21,30 @@ from .kernels.linear_attention import LinearState as LinearState
 from .kernels.linear_attention import linear_attention as linear_attention
 from .kernels.softmax import merge as merge
 from .layers.attention import AttentionWithRope as AttentionWithRope
-from .layers.attention import GGUFQAttentionWithRope as GGUFQAttentionWithRope
+from .layers.attention import AttentionWithRopeNoOpaque as AttentionWithRopeNoOpaque
+from .layers.interfaces import AttentionImpl as AttentionImpl
+from .layers.interfaces import AttentionImplQKV as AttentionImplQKV
+from .layers.interfaces import AttentionWithAlibi as AttentionWithAlibi
+from .layers.interfaces import DistributedAttentionImpl as DistributedAttentionImpl
+from .layers.interfaces import (
+    VanillaAttentionWithCausalMask as VanillaAttentionWithCausalMask,
+)
 from .layers.linear import CodesLinear as CodesLinear
 from .layers.linear import GGUFLinear as GGUFLinear
 from .layers.linear import Linear as Linear
 from .layers.norm import RMSNorm as RMSNorm
+from .layers.packed import GGUFQAttentionWithRope as GGUFQAttentionWithRope
+from .layers.packed import GPTQAttentionWithRope as GPTQAttentionWithRope
+from .layers.parallel import (
+    DataParallelAttentionWithRope as DataParallelAttentionWithRope,
+)
+from .layers.parallel import DistributedAttention as DistributedAttention
+from .layers.parallel import (
+    TensorParallelAttentionWithRope as TensorParallelAttentionWithRope,
+)
 from .layers.quantized import Float8Linear as Float8Linear
 from .layers.quantized import GPTQLinear as GPTQLinear
+from .layers.sharding import ShardingStrategy as ShardingStrategy
 from .mods import ALiBi as ALiBi
 from .mods import BidirectionalSpans as BidirectionalSpans
 from .mods import BlockCausal as BlockCausal

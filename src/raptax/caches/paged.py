@@ -12,48 +12,13 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from .._pytree import pytree
 from .._types import MaskMod, ScoreMod
 from ..kernels import paged
 from ..mods import Causal
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class KVCacheParams:
-    """The sizes of a cache, checked once.
-
-    Attributes:
-        dtype: What keys and values are stored as.
-        n_kv_heads: Key/value heads, K.
-        head_dim: Head size of keys, D.
-        num_layers: Layers that share the page table, L.
-        page_size: Tokens per page, P.
-        value_head_dim: Head size of values, E; that of the keys unless given.
-    """
-
-    dtype: DTypeLike
-    n_kv_heads: int
-    head_dim: int
-    num_layers: int = 1
-    page_size: int = 128
-    value_head_dim: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("n_kv_heads", "head_dim", "num_layers", "page_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
-        if not jnp.issubdtype(self.dtype, jnp.floating):
-            raise ValueError(f"dtype={self.dtype} must be a float type.")
-
-    @property
-    def bytes_per_page(self) -> int:
-        """Bytes of one page, keys and values of all layers."""
-        lanes = self.head_dim + (self.value_head_dim or self.head_dim)
-        tokens = self.num_layers * self.n_kv_heads * self.page_size
-        return tokens * lanes * jnp.dtype(self.dtype).itemsize
+from .params import KVCacheParams, KVCacheStrategy, check_floats, check_strategy
 
 
 @pytree
@@ -77,10 +42,12 @@ class PagedKVCache:
         cls, params: KVCacheParams, *, pages: int, sequences: int, max_pages: int
     ) -> "PagedKVCache":
         """An empty cache: ``pages`` in the pool, up to ``max_pages`` a sequence."""
+        check_strategy(params, KVCacheStrategy.PAGED)
+        check_floats(params)
         shape = (params.num_layers, pages, params.n_kv_heads, params.page_size)
         return cls(
             jnp.zeros((*shape, params.head_dim), params.dtype),
-            jnp.zeros((*shape, params.value_head_dim or params.head_dim), params.dtype),
+            jnp.zeros((*shape, params.value_size), params.dtype),
             jnp.zeros((sequences, max_pages), jnp.int32),
             jnp.zeros(sequences, jnp.int32),
         )

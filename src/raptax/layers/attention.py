@@ -1,8 +1,10 @@
 """The one attention forward pass, and its builds."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
@@ -10,20 +12,23 @@ from jaxtyping import Array, Float, Int
 
 from .._errors import check_groups
 from .._types import MaskMod, ScoreMod
-from ..caches import KVCacheParams, PagedKVCache
+from ..caches import KVCache, KVCacheParams
 from ..dispatch import attention
 from ..mods import Causal
-from ..quant.gguf import Encoding
+from ..quant.float8 import Float8Config
 from ..rope import RotaryEmbedding
-from .linear import GGUFLinear, Linear, Projection, SeparateQKV, StackedQKV
+from .linear import Linear, Projection, SeparateQKV, StackedQKV
 from .norm import RMSNorm
+from .quantized import Float8Linear
+from .sharding import ShardingStrategy, head_layout, on_device, with_heads
 
 
 class AbstractAttention(nnx.Module):
     """The forward pass. Subclasses say what the parts are, never what happens.
 
-    Every subclass is final and defines ``__init__`` alone: it fills these slots and
-    overrides nothing, so the code below is all there is to read about any of them.
+    Every subclass is final and defines ``__init__`` and documented properties: it fills
+    these slots and overrides nothing, so the code below is all there is to read about
+    any of them.
 
         qkv       x (..., C) -> q (..., H*D), k (..., K*D), v (..., K*E)
         out       (..., H*E) -> (..., C)
@@ -36,7 +41,7 @@ class AbstractAttention(nnx.Module):
     heads runs this same code.
     """
 
-    qkv: Callable[..., Any]
+    qkv: Any  # called; `SeparateQKV` and `StackedQKV` also know their widths
     out: Projection
     rope: RotaryEmbedding | None
     q_norm: Callable[..., Any] | None
@@ -48,14 +53,14 @@ class AbstractAttention(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "*rows C"],
-        cache: PagedKVCache | None = None,
+        cache: KVCache | None = None,
         *,
         row_offsets: Int[Array, " offsets"] | None = None,
         layer: int | Int[Array, ""] = 0,
         positions: Int[Array, "..."] | None = None,
         mask_mod: MaskMod | None = Causal(),
         score_mod: ScoreMod | None = None,
-    ) -> tuple[Float[Array, "*rows C"], PagedKVCache | None]:
+    ) -> tuple[Float[Array, "*rows C"], KVCache | None]:
         """Attends among the rows of ``x``, and to what a cache holds.
 
         Args:
@@ -98,16 +103,17 @@ class AbstractAttention(nnx.Module):
             y, cache = cache.append_and_attend(
                 q, k, v, row_offsets=offsets, layer=layer, **options
             )
-        return self.out(y.reshape(*lead, -1)), cache
+        return self.out(y.reshape(*lead, y.shape[-2] * y.shape[-1])), cache
 
     def _heads(self, x, positions):
         """Projected, clipped, normed and rotated: each ``(..., heads, size)``."""
         q, k, v = self.qkv(x)
         if self.clip_qkv is not None:
             q, k, v = (jnp.clip(a, -self.clip_qkv, self.clip_qkv) for a in (q, k, v))
-        rows, kv_heads = x.shape[:-1], k.shape[-1] // self.head_size
-        q = q.reshape(*rows, -1, self.head_size)
-        k, v = (a.reshape(*rows, kv_heads, -1) for a in (k, v))
+        D, rows = self.head_size, x.shape[:-1]
+        heads, kv_heads = q.shape[-1] // D, k.shape[-1] // D
+        q, k = q.reshape(*rows, heads, D), k.reshape(*rows, kv_heads, D)
+        v = v.reshape(*rows, kv_heads, v.shape[-1] // kv_heads)
         if self.q_norm is not None:
             q = self.q_norm(q)
         if self.k_norm is not None:
@@ -151,13 +157,170 @@ def _batch_positions(x, row_offsets):
 class AttentionWithRope(AbstractAttention):
     """Attention with rotary positions, grouped heads, and weights of plain numbers.
 
-    Takes the arguments of MAX's class of this name that concern one device and float
-    weights. Head size and kv heads come from ``kv_params``, so ``H * D`` need not equal
-    ``hidden_size``. ``clip_qkv`` clamps the projected q, k and v (MAX clamps the
-    weights; checkpoints of OLMo, DBRX and MPT mean the projections).
+    ``clip_qkv`` clamps the projected q, k and v (MAX clamps the weights; checkpoints of
+    OLMo, DBRX and MPT mean the projections). The output projection has no bias.
+
+    Args:
+        rope: Rotary positions, or None.
+        sharding_strategy: `ShardingStrategy.tensor_parallel` or `replicate`: what
+            `shard` does.
+        num_attention_heads: H.
+        num_key_value_heads: K.
+        hidden_size: C. ``H * D`` need not equal it.
+        kv_params: The cache's sizes; head size and kv heads must agree with it.
+        devices: Weights are put on the first one.
+        dtype: Of the weights.
+        linear_cls: Makes a projection from ``(in_features, out_features)`` and
+            ``has_bias``, ``dtype`` and ``rngs``.
+        stacked_qkv: One projection for q, k and v.
+        scale: Of the scores; ``D ** -0.5`` unless given.
+        has_bias: Whether q, k and v have biases.
+        float8_config: How weights and inputs are brought to float8. ``linear_cls`` is
+            then called with it as ``config`` too, and `Float8Linear` stands for
+            `Linear`. ``dtype`` is that of biases and norms; float32 if it says float8.
+        clip_qkv: Clamps the projected q, k and v to ``[-clip_qkv, clip_qkv]``.
+        use_qk_norm: RMS norms of q and k per head, before rope.
+        rms_norm_eps: Of both norms.
+        rngs: What random weights are drawn with. Without it they are drawn from seed
+            0, to be replaced by a checkpoint's (`raptax.layers.weights`).
 
     Raises:
-        ValueError: Head counts that do not fit each other or ``kv_params``.
+        ValueError: Head counts that do not fit each other or ``kv_params``, or another
+            argument that has no sense.
+    """
+
+    def __init__(
+        self,
+        *,
+        rope: RotaryEmbedding | None,
+        sharding_strategy: ShardingStrategy | None = None,
+        num_attention_heads: int,
+        num_key_value_heads: int,
+        hidden_size: int,
+        kv_params: KVCacheParams,
+        devices: Sequence[Any] | None = None,
+        dtype: DTypeLike = jnp.float32,
+        linear_cls: Callable[..., Projection] = Linear,
+        stacked_qkv: bool = False,
+        scale: float | None = None,
+        has_bias: bool = False,
+        float8_config: Float8Config | None = None,
+        clip_qkv: float | None = None,
+        use_qk_norm: bool = False,
+        rms_norm_eps: float = 1e-6,
+        rngs: nnx.Rngs | None = None,
+    ):
+        H, K, C = num_attention_heads, num_key_value_heads, hidden_size
+        D, E = head_sizes(H, K, kv_params)
+        if float8_config is not None:
+            linear_cls = Float8Linear.create if linear_cls is Linear else linear_cls
+            linear_cls = partial(linear_cls, config=float8_config)
+            dtype = jnp.float32 if jnp.dtype(dtype).itemsize == 1 else dtype
+        options = dict(dtype=dtype, rngs=nnx.Rngs(0) if rngs is None else rngs)
+        self.qkv = _qkv(
+            lambda size: linear_cls(C, size, has_bias=has_bias, **options),
+            (H * D, K * D, K * E),
+            stacked=stacked_qkv,
+        )
+        self.out = linear_cls(H * E, C, has_bias=False, **options)
+        norm = lambda: (
+            RMSNorm(D, eps=rms_norm_eps, dtype=dtype) if use_qk_norm else None
+        )
+        self.q_norm, self.k_norm = nnx.data(norm()), nnx.data(norm())
+        self.rope = nnx.data(rope)
+        self.scale, self.clip_qkv, self.head_size = scale, checked_clip(clip_qkv), D
+        self._sharding_strategy = _layer_strategy(sharding_strategy)
+        to_first_device(self, devices)
+
+    @property
+    def wqkv(self) -> Any:
+        """The weights of q, k and v one after another, ``((H + 2 * K) * D, C)``.
+
+        float8 weights as they are stored: nothing is brought to a common scale.
+        """
+        return jnp.concatenate([p.weight[...] for p in projections(self)])
+
+    @property
+    def wqkv_bias(self) -> Any:
+        """Their biases one after another, or None."""
+        return biases_of(self)
+
+    @property
+    def qkv_input_scale(self) -> Any:
+        """The largest of the static input scales of q, k and v; None if there are none.
+
+        Every projection uses its own.
+        """
+        return _largest_scale(self, "input_scale")
+
+    @property
+    def qkv_weight_scale(self) -> Any:
+        """The weight scales of q, k and v: the largest, if each has a single one.
+
+        Scales of rows or blocks come one after another, as the rows of `wqkv` do. Every
+        projection uses its own. Raises ValueError for weights without scales.
+        """
+        scales = [getattr(p, "weight_scale", None) for p in projections(self)]
+        if any(scale is None for scale in scales):
+            raise ValueError("qkv_weight_scale is of float8 weights: no float8_config.")
+        arrays = [scale[...] for scale in scales if scale is not None]
+        if arrays[0].ndim == 0:
+            return jnp.max(jnp.stack(arrays))
+        return jnp.concatenate(arrays)
+
+    @property
+    def qkv_weight_scale_2(self) -> Any:
+        """The largest of NVFP4's second weight scales of q, k and v, or None."""
+        return _largest_scale(self, "weight_scale_2")
+
+    @property
+    def sharding_strategy(self) -> ShardingStrategy | None:
+        """What `shard` does. Only `tensor_parallel` and `replicate` may be set."""
+        return self._sharding_strategy
+
+    @sharding_strategy.setter
+    def sharding_strategy(self, strategy: ShardingStrategy | None) -> None:
+        self._sharding_strategy = _layer_strategy(strategy)
+
+    def shard(self, devices: Sequence[Any]) -> "list[AttentionWithRope]":
+        """One layer for each device, as ``sharding_strategy`` says.
+
+        `tensor_parallel`: each with the heads of `head_layout`; on the same rows their
+        outputs add up to this layer's. `replicate`: whole copies.
+        `TensorParallelAttentionWithRope` is the same inside one program.
+
+        Raises:
+            ValueError: No strategy is set, it is for another number of devices, or
+                heads cannot be shared out so.
+        """
+        strategy = self.sharding_strategy
+        if strategy is None:
+            raise ValueError(
+                "AttentionWithRope cannot be sharded without a sharding_strategy; set "
+                "ShardingStrategy.tensor_parallel(n) or replicate(n) first."
+            )
+        if len(devices) != strategy.num_devices:
+            raise ValueError(
+                f"sharding_strategy is for {strategy.num_devices} devices; got "
+                f"{len(devices)}."
+            )
+        if strategy.is_replicate:
+            return [on_device(self, device) for device in devices]
+        q_width, k_width, _ = self.qkv.widths
+        D = self.head_size
+        layout = head_layout(q_width // D, k_width // D, len(devices))
+        parts = (
+            with_heads(self, q[q >= 0][None], kv[kv >= 0][None])
+            for q, kv in zip(*layout, strict=True)
+        )
+        return [on_device(part, d) for part, d in zip(parts, devices, strict=True)]
+
+
+class AttentionWithRopeNoOpaque(AbstractAttention):
+    """Attention with rotary positions, and nothing hidden: one stacked projection.
+
+    No biases, no clipping, no quantised weights. Its cache is any whose arrays are in
+    the open, as all of ours are; see `AttentionWithRope` for the arguments.
     """
 
     def __init__(
@@ -168,96 +331,97 @@ class AttentionWithRope(AbstractAttention):
         num_key_value_heads: int,
         hidden_size: int,
         kv_params: KVCacheParams,
+        devices: Sequence[Any] | None = None,
         dtype: DTypeLike = jnp.float32,
         linear_cls: Callable[..., Projection] = Linear,
-        stacked_qkv: bool = False,
         scale: float | None = None,
-        has_bias: bool = False,
-        clip_qkv: float | None = None,
-        use_qk_norm: bool = False,
-        rms_norm_eps: float = 1e-6,
-        rngs: nnx.Rngs,
+        rngs: nnx.Rngs | None = None,
     ):
-        _check_heads(num_attention_heads, num_key_value_heads, kv_params)
-        D, E = kv_params.head_dim, kv_params.value_head_dim or kv_params.head_dim
-        H, K = num_attention_heads, num_key_value_heads
+        H, K, C = num_attention_heads, num_key_value_heads, hidden_size
+        D, E = head_sizes(H, K, kv_params)
+        rngs = nnx.Rngs(0) if rngs is None else rngs
+        make = lambda size_in, size_out: linear_cls(
+            size_in, size_out, has_bias=False, dtype=dtype, rngs=rngs
+        )
         sizes = H * D, K * D, K * E
-
-        def project(size: int) -> Projection:
-            return linear_cls(
-                hidden_size, size, has_bias=has_bias, dtype=dtype, rngs=rngs
-            )
-
-        if stacked_qkv:
-            self.qkv = StackedQKV(project(sum(sizes)), sizes)
-        else:
-            self.qkv = SeparateQKV(*map(project, sizes))
-        self.out = linear_cls(H * E, hidden_size, dtype=dtype, rngs=rngs)
-        self.rope = nnx.data(rope)
-        norm = lambda: (
-            RMSNorm(D, eps=rms_norm_eps, dtype=dtype) if use_qk_norm else None
-        )
-        self.q_norm, self.k_norm = nnx.data(norm()), nnx.data(norm())
-        self.scale, self.clip_qkv, self.head_size = scale, clip_qkv, D
-
-
-class GGUFQAttentionWithRope(AbstractAttention):
-    """Attention with rotary positions around quantised weights.
-
-    Args:
-        rope: Interleaved for Llama files: they store q and k permuted that way.
-        num_attention_heads: H.
-        num_key_value_heads: K.
-        kv_params: The cache's sizes; head size and kv heads must agree with it.
-        weights: ``q``, ``k``, ``v`` and ``o``, each a projection of its own encoding, or
-            raw blocks of ``quantization_encoding``, uint8 ``(rows, blocks, bytes)``.
-        quantization_encoding: What raw blocks are encoded as.
-        scale: Of the scores; ``D ** -0.5`` unless given.
-        clip_qkv: Clamps the projected q, k and v to ``[-clip_qkv, clip_qkv]``.
-    """
-
-    def __init__(
-        self,
-        *,
-        rope: RotaryEmbedding | None,
-        num_attention_heads: int,
-        num_key_value_heads: int,
-        kv_params: KVCacheParams,
-        weights: dict[str, Any],
-        quantization_encoding: Encoding | None = None,
-        scale: float | None = None,
-        clip_qkv: float | None = None,
-    ):
-        _check_heads(num_attention_heads, num_key_value_heads, kv_params)
-        if missing := {"q", "k", "v", "o"} - weights.keys():
-            raise ValueError(f"weights lack {sorted(missing)}; got {sorted(weights)}.")
-        q, k, v, o = (_projection(weights[n], quantization_encoding) for n in "qkvo")
-        D, E = kv_params.head_dim, kv_params.value_head_dim or kv_params.head_dim
-        wanted = (
-            num_attention_heads * D,
-            num_key_value_heads * D,
-            num_key_value_heads * E,
-        )
-        if (got := (q.out_features, k.out_features, v.out_features)) != wanted:
-            raise ValueError(f"q, k and v must be {wanted} wide; got {got}.")
-        self.qkv, self.out = SeparateQKV(q, k, v), o
+        self.qkv = StackedQKV(make(C, sum(sizes)), sizes)
+        self.out = make(H * E, C)
         self.rope = nnx.data(rope)
         self.q_norm, self.k_norm = nnx.data(None), nnx.data(None)
-        self.scale, self.clip_qkv, self.head_size = scale, clip_qkv, D
+        self.scale, self.clip_qkv, self.head_size = scale, None, D
+        to_first_device(self, devices)
 
 
-def _projection(weight: Any, encoding: Encoding | None) -> Projection:
-    if isinstance(weight, Projection):
-        return weight
-    if encoding is None:
-        raise ValueError("raw blocks need a quantization_encoding.")
-    return GGUFLinear(weight, encoding)
+# ------------------------------------------------------------------ what builds share
 
 
-def _check_heads(H: int, K: int, kv_params: KVCacheParams) -> None:
+def head_sizes(H: int, K: int, kv_params: KVCacheParams) -> tuple[int, int]:
+    """Head sizes of keys and values, if the head counts agree."""
     check_groups(H, K)
     if kv_params.n_kv_heads != K:
         raise ValueError(
             f"num_key_value_heads={K} must equal kv_params.n_kv_heads="
             f"{kv_params.n_kv_heads}."
         )
+    if kv_params.is_mla:
+        raise ValueError(
+            "kv_params.is_mla=True is for latent attention; these layers store values."
+        )
+    return kv_params.head_dim, kv_params.value_size
+
+
+def _qkv(make: Callable[[int], Any], sizes: tuple[int, int, int], *, stacked: bool):
+    if stacked:
+        return StackedQKV(make(sum(sizes)), sizes)
+    return SeparateQKV(*map(make, sizes))
+
+
+def projections(layer: AbstractAttention) -> list[Any]:
+    """Those of q, k and v, or the stacked one."""
+    qkv: Any = layer.qkv
+    return [qkv.qkv] if isinstance(qkv, StackedQKV) else [qkv.q, qkv.k, qkv.v]
+
+
+def biases_of(layer: AbstractAttention) -> Any:
+    """The biases of q, k and v one after another, or None."""
+    biases = [p.bias for p in projections(layer)]
+    if any(bias is None for bias in biases):
+        return None
+    return jnp.concatenate([bias[...] for bias in biases])
+
+
+def _largest_scale(layer: AbstractAttention, name: str) -> Any:
+    scales = [getattr(p, name, None) for p in projections(layer)]
+    if any(scale is None for scale in scales):
+        return None
+    return jnp.max(jnp.stack([scale[...] for scale in scales if scale is not None]))
+
+
+def checked_clip(clip_qkv: float | None) -> float | None:
+    """``clip_qkv``, if it makes sense."""
+    if clip_qkv is not None and not clip_qkv > 0:
+        raise ValueError(
+            f"clip_qkv={clip_qkv} must be above 0, or None for no clipping."
+        )
+    return clip_qkv
+
+
+def _layer_strategy(strategy: ShardingStrategy | None) -> ShardingStrategy | None:
+    if strategy is None or strategy.is_tensor_parallel or strategy.is_replicate:
+        return strategy
+    raise ValueError(
+        f"sharding_strategy {strategy.kind!r} is of a weight; a layer takes "
+        "tensor_parallel or replicate."
+    )
+
+
+def to_first_device(layer: AbstractAttention, devices: Sequence[Any] | None) -> None:
+    """Moves a layer's arrays to the first device, if any are named."""
+    if devices is None:
+        return
+    if not len(devices):
+        raise ValueError("devices=() must name a device, or be None.")
+    for name in ("qkv", "out", "q_norm", "k_norm"):
+        if (part := getattr(layer, name)) is not None:
+            nnx.update(part, jax.device_put(nnx.state(part), devices[0]))
+    layer.rope = nnx.data(jax.device_put(layer.rope, devices[0]))

@@ -154,22 +154,46 @@ class SeparateQKV(nnx.Module):
     def __init__(self, q: Projection, k: Projection, v: Projection):
         self.q, self.k, self.v = q, k, v
 
+    @property
+    def widths(self) -> tuple[int, int, int]:
+        """Outputs of q, k and v."""
+        return self.q.out_features, self.k.out_features, self.v.out_features
+
     def __call__(self, x: Float[Array, "*rows C"]) -> tuple[Any, Any, Any]:
         return self.q(x), self.k(x), self.v(x)
 
 
 class StackedQKV(nnx.Module):
-    """One projection with q, k and v one after another, ``sizes`` wide."""
+    """One projection with q, k and v one after another, ``sizes`` wide.
+
+    It may hold several such runs, each with heads of its own: they are the parts that
+    devices hold, and each device's part is again a stacked projection.
+    """
 
     def __init__(self, qkv: Projection, sizes: tuple[int, int, int]):
-        if qkv.out_features != sum(sizes):
+        if qkv.out_features % sum(sizes):
             raise ValueError(
                 f"a stacked projection of width {qkv.out_features} does not hold q, k "
                 f"and v of widths {sizes}."
             )
         self.qkv, self.sizes = qkv, sizes
 
+    @property
+    def out_features(self) -> int:
+        return self.qkv.out_features
+
+    @property
+    def widths(self) -> tuple[int, int, int]:
+        """Outputs of q, k and v."""
+        parts = self.qkv.out_features // sum(self.sizes)
+        q, k, v = (parts * size for size in self.sizes)
+        return q, k, v
+
     def __call__(self, x: Float[Array, "*rows C"]) -> tuple[Any, Any, Any]:
-        q, k, _ = self.sizes
         y = self.qkv(x)
-        return y[..., :q], y[..., q : q + k], y[..., q + k :]
+        rows, parts = y.shape[:-1], y.shape[-1] // sum(self.sizes)
+        y = y.reshape(*rows, parts, sum(self.sizes))
+        first, second = self.sizes[0], sum(self.sizes[:2])
+        split = y[..., :first], y[..., first:second], y[..., second:]
+        q, k, v = (a.reshape(*rows, parts * a.shape[-1]) for a in split)
+        return q, k, v

@@ -170,6 +170,9 @@ class GPTQLinear(nnx.Module):
 class Float8Linear(nnx.Module):
     """``y = x_q @ w.T + bias`` with few bits on both sides; see `raptax.quant.float8`.
 
+    Inside ``shard_map`` the lanes of ``x`` may be spread over an axis of the mesh;
+    whoever spreads them names it in ``input_axis``.
+
     The product and the bias are added up in float32, then rounded to the dtype of ``x``.
 
     Args:
@@ -196,6 +199,7 @@ class Float8Linear(nnx.Module):
         bias: Tensor | None = None,
     ):
         self.config = config
+        self.input_axis: str | None = None
         self.in_features = weight.shape[1] * (2 if config.is_nvfp4 else 1)
         single = config.weight_scale.is_tensor
         scale = _single("weight_scale", weight_scale) if single else weight_scale
@@ -277,6 +281,7 @@ class Float8Linear(nnx.Module):
             self.config,
             input_scale=_value(self.input_scale),
             weight_scale_2=_value(self.weight_scale_2),
+            input_axis=self.input_axis,
         )
         if self.bias is not None:
             y = y + along_last(self.bias[...], y)

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._errors import choices
-from ..layers.attention import GGUFQAttentionWithRope
 from ..layers.linear import CodesLinear, GGUFLinear, Linear, Projection
 from ..layers.norm import RMSNorm
+from ..layers.packed import GGUFQAttentionWithRope
 from ..quant import gguf
 from ..rope import (
     Frequencies,

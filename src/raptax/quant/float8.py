@@ -363,7 +363,7 @@ def quantize_input(
     return numbers.astype(E4M3), scale
 
 
-def _input(x, config, input_scale) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _input(x, config, input_scale, axis=None) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`quantize_input` in float32, with the scale of the whole apart."""
     if config.is_static != (input_scale is not None):
         raise ValueError(
@@ -383,7 +383,7 @@ def _input(x, config, input_scale) -> tuple[jax.Array, jax.Array, jax.Array]:
         scale = input_scale.astype(jnp.float32).reshape((1,) * x.ndim)
         wide = scale
     else:
-        scale = _dynamic_scale(still, config.input_scale)
+        scale = _dynamic_scale(still, config.input_scale, axis)
         wide = scale
         if (size := config.input_scale.block_size) is not None:
             wide = _spread(scale, x.ndim - 1, size[1], x.shape[-1])
@@ -397,11 +397,13 @@ def _nvfp4_scale(x, whole) -> jax.Array:
     return _rounded(scale, E4M3)
 
 
-def _dynamic_scale(x, spec) -> jax.Array:
+def _dynamic_scale(x, spec, axis) -> jax.Array:
     if spec.block_size is not None:
         largest = _largest(_in_runs(x, -1, spec.block_size[1]), (-1,))[..., 0]
     else:
         largest = _largest(x, range(x.ndim) if spec.is_tensor else (-1,))
+        if axis is not None:
+            largest = jax.lax.pmax(largest, axis)
     if spec.activation_scale_ub is not None:
         largest = jnp.minimum(largest, jnp.float32(spec.activation_scale_ub))
     return _scale(largest, E4M3_MAX, spec.dtype)
@@ -512,6 +514,7 @@ def matmul(
     *,
     input_scale: Float[Array, ""] | None = None,
     weight_scale_2: Float[Array, ""] | None = None,
+    input_axis: str | None = None,
 ) -> Float32[Array, "*rows O"]:
     """``x @ w.T`` of the input brought to few bits and the weight as it is stored.
 
@@ -519,10 +522,13 @@ def matmul(
     products are exact, and the scales come after it. Blocks along the sum are scaled
     ahead of it, which rounds each number once more to float32.
 
+    ``input_axis`` names an axis of a mesh over which the lanes of ``x`` are spread: a
+    dynamic scale is then that of all of them.
+
     The derivative by ``x`` is that of ``x`` itself times the stored weight: rounding is
     passed over. What was clipped has none, nor has a group that became zeros.
     """
-    values, scale, whole = _input(x, config, input_scale)
+    values, scale, whole = _input(x, config, input_scale, input_axis)
     numbers, weight_scale = _weight(weight, weight_scale, config, None)
     if config.weight_scale.block_size is None:
         y = jnp.matmul(values, numbers.T)
