@@ -2,10 +2,10 @@ PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= 2
 PYTEST = $(VENV)/bin/pytest
-NATIVE = CMakeLists.txt $(wildcard csrc/*)
+NATIVE = CMakeLists.txt $(wildcard csrc/*.*) $(wildcard csrc/isa/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types quick slow bench format native
+.PHONY: help demo test lint types quick slow bench format native native-test
 
 help:
 	@echo "make demo     install raptax and let a small model write"
@@ -15,6 +15,7 @@ help:
 	@echo "make lint     formatting, lint, floors and sizes"
 	@echo "make format   rewrite the code in the house format"
 	@echo "make native   rebuild the C++ kernels, warnings are errors"
+	@echo "make native-test  fuzz them under sanitizers"
 
 demo: $(VENV)/lm.stamp
 	$(VENV)/bin/raptax fetch smollm2
@@ -35,7 +36,7 @@ quick: $(VENV)/dev.stamp
 	$(PYTEST) -n $(WORKERS)
 
 slow: $(VENV)/dev.stamp
-	$(PYTEST) -m slow
+	$(PYTEST) -m slow -n $(WORKERS)
 
 bench: $(VENV)/dev.stamp
 	$(VENV)/bin/pip install --quiet -e '.[bench]'
@@ -48,6 +49,17 @@ format: $(VENV)/dev.stamp
 
 native: $(VENV)/dev.stamp
 	RAPTAX_REQUIRE_NATIVE=1 RAPTAX_WERROR=ON $(VENV)/bin/pip install --no-deps -e .
+
+# 10,000 random batches, shared out among the instruction sets, under the sanitizers of
+# addresses and of undefined behaviour; the ticket loop under that of threads.
+FUZZ = $(foreach isa,generic avx2 avx512 avx512bf16 amx,RAPTAX_ISA=$(isa) \
+	build/tests/paged_fuzz 2000 &&)
+native-test: $(VENV)/dev.stamp
+	cmake -S . -B build/tests -DRAPTAX_TESTS=ON -DRAPTAX_WERROR=ON \
+		-DPython_EXECUTABLE=$(abspath $(VENV)/bin/python)
+	cmake --build build/tests --parallel $(WORKERS) --target paged_fuzz parallel_test
+	build/tests/parallel_test
+	$(FUZZ) true
 
 # Set up once, and again when what is installed or compiled changes.
 $(VENV)/lm.stamp: pyproject.toml $(NATIVE) | $(VENV)/bin/python

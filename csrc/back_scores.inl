@@ -48,7 +48,10 @@ static bool back_look(const Rules& rules, int64_t unit, BackPlace* at) {
   if (kind == kEmpty) return false;
   at->from = back_down(low - at->key, unit);
   at->to = back_up(high + 1 - at->key, unit);
-  at->band = kind != kFull && (low < last - rules.band.left || high > first + rules.band.right);
+  // What rounding to units has let in counts: the band alone keeps it out again.
+  int64_t end = at->to < at->keys ? at->to : at->keys;
+  at->band = at->key + at->from < last - rules.band.left ||
+             at->key + end - 1 > first + rules.band.right;
   at->programs = kind != kFull && rules.mask_program != nullptr;
   at->cut = at->band || at->from != low - at->key || at->to != high + 1 - at->key;
   return true;

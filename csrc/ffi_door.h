@@ -3,14 +3,12 @@
 // has a line in HANDLERS of src/raptax/kernels/native.py.
 #pragma once
 
-#include <atomic>
-#include <condition_variable>
 #include <cstddef>
 #include <cstdint>
-#include <memory>
-#include <mutex>
+#include <utility>
 
 #include "parallel.h"
+#include "tickets.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
@@ -36,39 +34,11 @@ class XlaParallel final : public Parallel {
   int threads() const override { return static_cast<int>(pool_.num_threads()); }
 
   void run(int64_t count, void (*piece)(void*, int64_t), void* context) const override {
-    auto tickets = std::make_shared<Tickets>();
-    tickets->count = count;
-    int64_t helpers = count - 1 < threads() - 1 ? count - 1 : threads() - 1;
-    for (int64_t i = 0; i < helpers; ++i) {
-      // A thread that comes when all is done finds no ticket, and touches nothing else.
-      pool_.Schedule([tickets, piece, context] { tickets->work(piece, context); });
-    }
-    tickets->work(piece, context);
-    tickets->wait();
+    auto schedule = [this](auto function) { pool_.Schedule(std::move(function)); };
+    Tickets::share(count, threads() - 1, piece, context, schedule);
   }
 
  private:
-  struct Tickets {
-    int64_t count = 0;
-    std::atomic<int64_t> next{0}, done{0};
-    std::mutex guard;
-    std::condition_variable finished;
-
-    void work(void (*piece)(void*, int64_t), void* context) {
-      for (int64_t n = next++; n < count; n = next++) {
-        piece(context, n);
-        if (++done == count) {
-          std::lock_guard<std::mutex> lock(guard);
-          finished.notify_all();
-        }
-      }
-    }
-    void wait() {
-      std::unique_lock<std::mutex> lock(guard);
-      finished.wait(lock, [this] { return done == count; });
-    }
-  };
-
   // XLA's handle is a plain pair of pointers whose methods are not const.
   mutable ffi::ThreadPool pool_;
 };

@@ -1,6 +1,7 @@
 // The kernels of one instruction set, and the choice among the sets.
 #pragma once
 
+#include "paged.h"
 #include "parallel.h"
 #include "problem.h"
 
@@ -11,6 +12,7 @@ struct Kernels {
   bool (*runs_here)();  // whether this machine has the instructions
   void (*forward)(const Forward&, const Parallel&);
   void (*backward)(const Backward&, const Parallel&);
+  void (*paged)(const Paged&, const Parallel&);
   void (*run_program)(const ProgramRun&);  // for tests of mod programs
 };
 

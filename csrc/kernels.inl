@@ -6,6 +6,7 @@
 #include "backward.inl"
 #include "forward.inl"
 #include "kernels.h"
+#include "paged.inl"
 #include "program_run.inl"
 
 namespace raptax {
@@ -20,6 +21,7 @@ const Kernels kernels = {
     [] { return static_cast<bool>(RAPTAX_RUNS_HERE); },
     forward,
     backward,
+    pages::paged,
     run_program,
 };
 

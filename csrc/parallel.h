@@ -6,8 +6,8 @@
 namespace raptax {
 
 // Runs pieces 0 .. count - 1. The caller works too, so it finishes even if no thread of
-// the pool ever comes. Which thread runs which piece is open; results must not depend
-// on it.
+// the pool ever comes. Pieces are handed out in ascending order. Which thread runs which
+// piece is open; results must not depend on it.
 class Parallel {
  public:
   virtual ~Parallel() = default;

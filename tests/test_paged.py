@@ -74,15 +74,15 @@ def empty_cache(pages: int = 30, fill: float = jnp.nan) -> PagedKVCache:
     )
 
 
-@functools.partial(jax.jit, static_argnames="rule", donate_argnums=0)
-def step(cache, rows, row_offsets, rule):
+@functools.partial(jax.jit, static_argnames=("rule", "kernel"), donate_argnums=0)
+def step(cache, rows, row_offsets, rule, kernel=None):
     out, cache = cache.append_and_attend(
-        *rows, row_offsets=row_offsets, layer=1, **RULES[rule]
+        *rows, row_offsets=row_offsets, layer=1, kernel=kernel, **RULES[rule]
     )
     return out, cache.advance(row_offsets)
 
 
-def serve(rule, split, cache, held, allocator=None, padding=3):
+def serve(rule, split, cache, held, allocator=None, padding=3, kernel=None):
     """Runs a split through the cache; the outputs of each sequence, put together."""
     done, outs = np.zeros(3, int), [[], [], []]
     for new in split:
@@ -97,7 +97,7 @@ def serve(rule, split, cache, held, allocator=None, padding=3):
         rubbish = [jnp.full((padding, *x.shape[1:]), jnp.nan) for x in SEQUENCES[0]]
         rows = [jnp.concatenate([*x, r]) for *x, r in zip(*parts, rubbish, strict=True)]
         offsets = np.cumsum([0, *new])
-        out, cache = step(cache, rows, jnp.asarray(offsets, jnp.int32), rule)
+        out, cache = step(cache, rows, jnp.asarray(offsets, jnp.int32), rule, kernel)
         assert (out[offsets[-1] :] == 0).all()
         for b in range(3):
             outs[b].append(out[offsets[b] : offsets[b + 1]])
@@ -106,12 +106,15 @@ def serve(rule, split, cache, held, allocator=None, padding=3):
     return [jnp.concatenate(o) for o in outs], cache
 
 
+@pytest.mark.parametrize("kernel", [None, pytest.param("jax", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("rule", RULES)
-def test_any_split_equals_one_pass(rule, split):
+def test_any_split_equals_one_pass(rule, split, kernel):
     """Pages start as NaN, padding rows are NaN: what is not held is never seen."""
     allocator = PageAllocator(30, P)
-    outs, _ = serve(rule, SPLITS[split], empty_cache(), [[], [], []], allocator)
+    outs, _ = serve(
+        rule, SPLITS[split], empty_cache(), [[], [], []], allocator, kernel=kernel
+    )
     for out, expected in zip(outs, one_pass(rule), strict=True):
         np.testing.assert_allclose(out, expected, rtol=0, atol=2e-6)
 
@@ -173,12 +176,13 @@ def test_other_layers_and_pages_are_left_alone():
 
 @pytest.mark.parametrize("page", [-1, 30, 2**31 - 1])
 def test_page_ids_outside_the_pool_write_and_read_nothing(page):
-    """Inside jit nothing can be raised; `with_tables` raises before (below)."""
+    """In plain JAX, which cannot raise in jit; `with_tables` raises before (below)."""
     cache = empty_cache(fill=0.5)
     table = jnp.full_like(cache.table, page)
     cache = dataclasses.replace(cache, table=table)
     rows = SEQUENCES[0]
-    out, after = step(cache, rows, jnp.array([0, 37, 37, 37], jnp.int32), "causal")
+    offsets = jnp.array([0, 37, 37, 37], jnp.int32)
+    out, after = step(cache, rows, offsets, "causal", "jax")
     assert (out == 0).all()
     assert (after.k_pages == 0.5).all()
 
@@ -187,7 +191,7 @@ def test_rows_past_the_last_page_are_dropped():
     cache = PagedKVCache.create(PARAMS, pages=4, sequences=1, max_pages=2)
     cache = cache.with_tables([[0, 1]], [2 * P - 1])
     rows = [x[:3] for x in SEQUENCES[0]]
-    _, after = step(cache, rows, jnp.array([0, 3], jnp.int32), "causal")
+    _, after = step(cache, rows, jnp.array([0, 3], jnp.int32), "causal", "jax")
     assert (after.k_pages[1, 1, :, P - 1] == rows[1][0]).all()
     assert (after.k_pages[1, 0] == 0).all()
     assert (after.k_pages[1, 2:] == 0).all()
@@ -317,6 +321,7 @@ def test_tables_that_cannot_be(held, lengths, named):
     [
         (dict(head_dim=0), "head_dim=0"),
         (dict(page_size=-1), "page_size=-1"),
+        (dict(value_head_dim=0), "value_head_dim=0"),
         (dict(dtype=jnp.int32), "must be a float type"),
     ],
 )
@@ -325,7 +330,9 @@ def test_cache_sizes_that_cannot_be(change, named):
         dataclasses.replace(PARAMS, **change)
 
 
-def test_bytes_per_page():
-    cache = PagedKVCache.create(PARAMS, pages=3, sequences=1, max_pages=3)
-    held = cache.k_pages.nbytes + cache.v_pages.nbytes
-    assert 3 * PARAMS.bytes_per_page == held
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int8])
+def test_bytes_per_page(dtype):
+    params = dataclasses.replace(PARAMS, dtype=dtype)
+    cache = PagedKVCache.create(params, pages=3, sequences=1, max_pages=3)
+    held = sum(x.nbytes for x in cache.pool if x is not None)
+    assert 3 * params.bytes_per_page == held

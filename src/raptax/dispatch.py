@@ -4,7 +4,7 @@ import inspect
 from typing import Any
 
 import jax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Int8
 
 from ._errors import (
     Unsupported,
@@ -201,15 +201,18 @@ def explain(
 
 def paged_attention(
     query: Float[Array, "R H D"],
-    k_pages: Float[Array, "N K P D"],
-    v_pages: Float[Array, "N K P E"],
+    k_pages: Float[Array, "N K P D"] | Int8[Array, "N K P D"],
+    v_pages: Float[Array, "N K P E"] | Int8[Array, "N K P E"],
     *,
     table: Int[Array, "B M"],
     lengths: Int[Array, " B"],
     row_offsets: Int[Array, " B+1"],
+    k_scales: Float[Array, "N K P"] | None = None,
+    v_scales: Float[Array, "N K P"] | None = None,
     mask_mod: MaskMod | None = Causal(),
     score_mod: ScoreMod | None = None,
     scale: float | Float[Array, ""] | None = None,
+    kernel: str | None = None,
 ) -> Float[Array, "R H E"]:
     """Attends to keys and values that lie in pages; appends nothing.
 
@@ -221,15 +224,22 @@ def paged_attention(
         table: ``table[b, m]`` is the page with tokens ``m * P`` and on of sequence b.
         lengths: Keys of each sequence. What lies beyond in its last page is not read.
         row_offsets: Where each sequence's rows begin; later rows are padding.
+        k_scales: What keys that are codes are to be multiplied with; None for floats.
+        v_scales: Likewise for values.
         mask_mod: Which of its sequence's keys a query may see.
         score_mod: A change of the scaled scores.
         scale: Defaults to ``D ** -0.5``.
+        kernel: ``"native"`` or ``"jax"``; by default the first that can. Naming one
+            turns "cannot" into an error.
 
     Returns:
         The query's dtype; zeros in padding rows, and in rows that see no key.
 
     Raises:
-        ValueError: Shapes do not fit.
+        ValueError: Shapes do not fit, or no kernel has this name.
+        Unsupported: The kernel named cannot do what is asked.
+        jax.errors.JaxRuntimeError, ValueError: A page that is needed is not in the
+            pool. From the native kernel only; the other one reads nothing there.
     """
     check_groups(query.shape[1], k_pages.shape[1])
     if query.shape[2] != k_pages.shape[3] or k_pages.shape[:3] != v_pages.shape[:3]:
@@ -242,10 +252,10 @@ def paged_attention(
             f"table {table.shape}, lengths {lengths.shape} and row_offsets "
             f"{row_offsets.shape} must speak of the same sequences."
         )
+    of_one_layer = (None if x is None else x[None] for x in (k_scales, v_scales))
     return paged.attend(
         query,
-        k_pages[None],
-        v_pages[None],
+        paged.Pool(k_pages[None], v_pages[None], *of_one_layer),
         table=table,
         lengths=lengths,
         row_offsets=row_offsets,
@@ -253,4 +263,5 @@ def paged_attention(
         mask_mod=mask_mod,
         score_mod=score_mod,
         scale=scale,
+        kernel=kernel,
     )

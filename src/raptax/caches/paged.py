@@ -12,13 +12,14 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Int8
 
 from .._pytree import pytree
 from .._types import MaskMod, ScoreMod
 from ..kernels import paged
 from ..mods import Causal
-from .params import KVCacheParams, KVCacheStrategy, check_floats, check_strategy
+from ..quant.rows import is_code
+from .params import KVCacheParams, KVCacheStrategy, check_strategy
 
 
 @pytree
@@ -30,12 +31,16 @@ class PagedKVCache:
         v_pages: Values of all layers.
         table: Page ids by sequence; entries past a sequence's pages are never read.
         lengths: Tokens held by each sequence.
+        k_scales: What codes of keys are to be multiplied with; None for floats.
+        v_scales: Likewise for values.
     """
 
-    k_pages: Float[Array, "L N K P D"]
-    v_pages: Float[Array, "L N K P E"]
+    k_pages: Float[Array, "L N K P D"] | Int8[Array, "L N K P D"]
+    v_pages: Float[Array, "L N K P E"] | Int8[Array, "L N K P E"]
     table: Int[Array, "B M"]
     lengths: Int[Array, " B"]
+    k_scales: Float[Array, "L N K P"] | None = None
+    v_scales: Float[Array, "L N K P"] | None = None
 
     @classmethod
     def create(
@@ -43,14 +48,21 @@ class PagedKVCache:
     ) -> "PagedKVCache":
         """An empty cache: ``pages`` in the pool, up to ``max_pages`` a sequence."""
         check_strategy(params, KVCacheStrategy.PAGED)
-        check_floats(params)
         shape = (params.num_layers, pages, params.n_kv_heads, params.page_size)
+        scales = lambda: jnp.zeros(shape) if is_code(params.dtype) else None
         return cls(
             jnp.zeros((*shape, params.head_dim), params.dtype),
             jnp.zeros((*shape, params.value_size), params.dtype),
             jnp.zeros((sequences, max_pages), jnp.int32),
             jnp.zeros(sequences, jnp.int32),
+            scales(),
+            scales(),
         )
+
+    @property
+    def pool(self) -> paged.Pool:
+        """The pages as kernels take them."""
+        return paged.Pool(self.k_pages, self.v_pages, self.k_scales, self.v_scales)
 
     @property
     def page_size(self) -> int:
@@ -67,18 +79,18 @@ class PagedKVCache:
         mask_mod: MaskMod | None = Causal(),
         score_mod: ScoreMod | None = None,
         scale: float | Float[Array, ""] | None = None,
+        kernel: str | None = None,
     ) -> tuple[Float[Array, "R H E"], "PagedKVCache"]:
         """Writes one layer's new keys and values, then attends; see `kernels.paged`.
 
         ``lengths`` stay as they were, so that every layer of a model writes to the same
         places: call `advance` when the last one is done.
         """
-        out, k_pages, v_pages = paged.append_and_attend(
+        out, pool = paged.append_and_attend(
             query,
             key,
             value,
-            self.k_pages,
-            self.v_pages,
+            self.pool,
             table=self.table,
             lengths=self.lengths,
             row_offsets=row_offsets,
@@ -86,8 +98,16 @@ class PagedKVCache:
             mask_mod=mask_mod,
             score_mod=score_mod,
             scale=scale,
+            kernel=kernel,
         )
-        return out, dataclasses.replace(self, k_pages=k_pages, v_pages=v_pages)
+        after = dataclasses.replace(
+            self,
+            k_pages=pool.keys,
+            v_pages=pool.values,
+            k_scales=pool.key_scales,
+            v_scales=pool.value_scales,
+        )
+        return out, after
 
     def positions(
         self, rows: int, row_offsets: Int[Array, " offsets"]

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from .._errors import choices
+from ..quant.rows import CODES, is_code
 
 FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64)
-CODES = (jnp.int8, jnp.float8_e4m3fn, jnp.float8_e5m2)
 
 
 class KVCacheStrategy(Enum):
@@ -147,7 +147,7 @@ class KVCacheParams:
     @property
     def is_quantized(self) -> bool:
         """Whether keys and values are stored as codes with scales."""
-        return jnp.dtype(self.dtype) in map(jnp.dtype, CODES)
+        return is_code(self.dtype)
 
     @property
     def value_size(self) -> int:

@@ -5,7 +5,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from .._errors import Unsupported, check_qkv
 from .._types import Attended, DropoutKey, MaskMod, ScoreMod
-from ..mods import Causal, SlidingWindow
+from ..mods import Causal, SlidingWindow, as_mod
 from .softmax import accumulator, finite, poison
 
 
@@ -25,7 +25,7 @@ def why_not_jax_nn(query: jax.Array, key: jax.Array, value: jax.Array, **problem
         return "it knows no dropout"
     mask_mod = problem.get("mask_mod")
     if mask_mod is not None and not isinstance(mask_mod, Causal | SlidingWindow):
-        name = type(mask_mod).__name__
+        name = type(as_mod(mask_mod)).__name__
         return f"of masks it knows Causal and SlidingWindow, not {name}"
     if mask_mod is not None and query.shape[2] != key.shape[2]:
         return "it lets the first query see the first key when lengths differ"

@@ -144,10 +144,10 @@ def _trace(
         args.insert(0, jax.ShapeDtypeStruct(lengths, jnp.float32))
     try:
         closed = jax.make_jaxpr(function)(*args)
-    except Exception as error:
+    except (TypeError, ValueError, IndexError) as error:  # shapes that do not fit
         raise Decline(
             f"could not be traced on positions of other lengths "
-            f"({type(error).__name__}: {str(error).splitlines()[0]})"
+            f"({type(error).__name__}: {str(error).partition(chr(10))[0]})"
         ) from error
     code = Code()
     positions = map(code.position, ("Sequence", "Head", "Query", "Key"))

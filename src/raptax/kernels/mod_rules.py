@@ -198,6 +198,26 @@ def _square(code: Code, eqn: Any, dtypes: list[np.dtype], x: int) -> int:
     return _by_kind("Mul", "IntMul")(code, eqn, dtypes, x, x)
 
 
+def _one_minus_square(code: Code, eqn: Any, dtypes: list[np.dtype], x: int) -> int:
+    """``1 - x ** 2``, in factors: the slope of tanh, small where x is near 1."""
+    _full_width(dtypes[0])
+    if kind_of(dtypes[0]) != "float":
+        raise Decline(f"uses one_minus_square of {dtypes[0].name}")
+    one = code.number(1.0)
+    return code.do("Mul", code.do("Sub", one, x), code.do("Add", one, x))
+
+
+def _polynomial(
+    code: Code, eqn: Any, dtypes: list[np.dtype], x: int, *coefficients: int
+) -> int:
+    """``sum_k c[k] x ** k``, by Horner's rule."""
+    times, plus = _by_kind("Mul", "IntMul"), _by_kind("Add", "IntAdd")
+    *lower, out = coefficients
+    for c in reversed(lower):
+        out = plus(code, eqn, dtypes, times(code, eqn, dtypes, out, x), c)
+    return out
+
+
 def _pow(code: Code, eqn: Any, dtypes: list[np.dtype], x: int, y: int) -> int:
     _full_width(dtypes[0])
     if dtypes != [np.dtype(np.float32)] * 2:
@@ -258,6 +278,9 @@ ELEMENTWISE: dict[str, Rule] = {
     "erfc": _by_kind("Erfc", None),
     "is_finite": _by_kind("IsFinite", None, narrow=True),
     "square": _square,
+    # Of JAX 0.12 and later.
+    "one_minus_square": _one_minus_square,
+    "polynomial": _polynomial,
     "integer_pow": _integer_pow,
     "not": _by_kind(None, "Not", "Not"),
     "and": _by_kind(None, "And", "And", narrow=True),

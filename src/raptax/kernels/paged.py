@@ -6,23 +6,32 @@ one after another, ``row_offsets`` apart: prefill chunks and single decode steps
 freely. Kwon et al. 2023, arXiv:2309.06180.
 
 One function appends and attends, because XLA updates the pool in place only if nothing
-reads the old one afterwards. Rows that belong to no sequence, and table entries that
-name no page, are dropped: no page is set aside for rubbish, so none can be read.
+reads the old one afterwards. Rows that belong to no sequence are dropped: no page is set
+aside for rubbish, so none can be read.
+
+Two kernels do it: ``"native"``, in C++ on CPUs, and ``"jax"``, below. They differ by
+rounding, and in what cannot be raised inside jit: the native kernel raises for a table
+entry that is needed but names no page, where this one drops what it cannot write or read.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from .._errors import Unsupported, choices
 from .._types import MaskMod, ScoreMod, position_indices
 from ..mods import apply_mask, apply_score, as_mod, with_scale
+from ..quant.rows import dequantise, quantise
+from . import native_paged
+from .native_paged import Pool as Pool
 from .softmax import Running, accumulator, finite, poison
 from .tiles import if_any, times_keys, times_values
 
+KERNELS = ("native", "jax")  # best first
 MAX_ROWS = 64  # query rows of one sequence that share a pass over its pages
 
 
@@ -30,8 +39,7 @@ def append_and_attend(
     query: Float[Array, "R H D"],
     key: Float[Array, "R K D"],
     value: Float[Array, "R K E"],
-    k_pages: Float[Array, "L N K P D"],
-    v_pages: Float[Array, "L N K P E"],
+    pool: Pool,
     *,
     table: Int[Array, "B M"],
     lengths: Int[Array, " B"],
@@ -40,67 +48,181 @@ def append_and_attend(
     mask_mod: MaskMod | None,
     score_mod: ScoreMod | None = None,
     scale: float | Float[Array, ""] | None = None,
-) -> tuple[Float[Array, "R H E"], Float[Array, "L N K P D"], Float[Array, "L N K P E"]]:
+    kernel: str | None = None,
+) -> tuple[Float[Array, "R H E"], Pool]:
     """Writes new keys and values after each sequence's last, then attends to all.
 
     Row ``r`` of sequence ``b`` stands at ``lengths[b] + r - row_offsets[b]`` and sees
     the keys up to the sequence's last new one that ``mask_mod`` allows. Donate the
-    pages to have them updated in place.
+    pool to have it updated in place. A ``kernel`` of `KERNELS` may be named.
 
     Returns:
-        The attended values, zeros in rows from ``row_offsets[B]`` on, and both pools.
+        The attended values, zeros in rows from ``row_offsets[B]`` on, and the pool.
+
+    Raises:
+        ValueError: No kernel has this name.
+        Unsupported: The kernel named cannot do what is asked.
+        jax.errors.JaxRuntimeError, ValueError: From the native kernel, before it touches
+            any memory: a sequence is longer than its pages, or a page it needs is not
+            in the pool.
     """
-    k_pages, v_pages = (
-        append(
-            pages,
-            rows,
-            table=table,
-            lengths=lengths,
-            row_offsets=row_offsets,
-            layer=layer,
-        )
-        for pages, rows in ((k_pages, key), (v_pages, value))
-    )
-    new = row_offsets[1:] - row_offsets[:-1]
-    out = attend(
-        query,
-        k_pages,
-        v_pages,
-        table=table,
-        lengths=lengths + new,
-        row_offsets=row_offsets,
-        layer=layer,
-        mask_mod=mask_mod,
-        score_mod=score_mod,
-        scale=scale,
-    )
-    return out, k_pages, v_pages
+    if not query.size or not table.size:
+        return _nothing(query, pool), pool
+    batch = _Batch(query, (key, value), pool, table, lengths, row_offsets, layer)
+    return _run(batch, _Rules.create(query, mask_mod, score_mod, scale), kernel)
 
 
-def append(
-    pages: Float[Array, "L N K P D"],
-    new: Float[Array, "R K D"],
+def attend(
+    query: Float[Array, "R H D"],
+    pool: Pool,
     *,
     table: Int[Array, "B M"],
     lengths: Int[Array, " B"],
     row_offsets: Int[Array, " B+1"],
     layer: int | Int[Array, ""],
-) -> Float[Array, "L N K P D"]:
-    """Writes each row of ``new`` at its place; rows that have none are dropped."""
-    if not new.size or not table.size:
-        return pages
-    return _append(pages, new, table, lengths, row_offsets, layer)
+    mask_mod: MaskMod | None,
+    score_mod: ScoreMod | None = None,
+    scale: float | Float[Array, ""] | None = None,
+    kernel: str | None = None,
+) -> Float[Array, "R H E"]:
+    """Attends to what the pages hold; ``lengths`` counts the keys of each sequence.
+
+    The last row of a sequence stands at its last key. Otherwise as `append_and_attend`.
+    """
+    if not query.size or not table.size:
+        return _nothing(query, pool)
+    batch = _Batch(query, None, pool, table, lengths, row_offsets, layer)
+    return _run(batch, _Rules.create(query, mask_mod, score_mod, scale), kernel)[0]
+
+
+def why_not_native(
+    query: Float[Array, "R H D"],
+    pool: Pool,
+    *,
+    mask_mod: MaskMod | None,
+    score_mod: ScoreMod | None = None,
+) -> str | None:
+    """Why the C++ kernel cannot do this, in one sentence; None if it can."""
+    return native_paged.why_not(query, pool, as_mod(mask_mod), as_mod(score_mod))
+
+
+def _nothing(query: jax.Array, pool: Pool) -> jax.Array:
+    return jnp.zeros((*query.shape[:2], pool.values.shape[4]), query.dtype)
+
+
+class _Batch(NamedTuple):
+    """The arrays of one call. ``new`` holds keys and values to append, or is None."""
+
+    query: jax.Array
+    new: tuple[jax.Array, jax.Array] | None
+    pool: Pool
+    table: jax.Array
+    lengths: jax.Array
+    row_offsets: jax.Array
+    layer: int | jax.Array
+
+
+class _Rules(NamedTuple):
+    """What happens to a score. The scale may be an array."""
+
+    mask_mod: Any
+    score_mod: Any
+    scale: float | jax.Array
+
+    @classmethod
+    def create(cls, query, mask_mod, score_mod, scale) -> "_Rules":
+        if scale is None:
+            scale = query.shape[-1] ** -0.5
+        return cls(as_mod(mask_mod), as_mod(score_mod), scale)
+
+
+def _run(batch: _Batch, rules: _Rules, kernel: str | None) -> tuple[jax.Array, Pool]:
+    """The first kernel that can, or the one named."""
+    if kernel not in (None, *KERNELS):
+        raise ValueError(f"kernel={kernel!r} is not one of {choices(KERNELS)}.")
+    if kernel == "jax":
+        return _run_jax(batch, rules)
+    reason = native_paged.why_not(
+        batch.query, batch.pool, rules.mask_mod, rules.score_mod, batch.new
+    )
+    if reason is None:
+        return _run_native(batch, rules)
+    if kernel is not None:
+        raise Unsupported(f"kernel={kernel!r} cannot run this: {reason}.")
+    return _run_jax(batch, rules)
+
+
+@jax.custom_jvp
+def _native(batch: _Batch, rules: _Rules) -> tuple[jax.Array, Pool]:
+    return native_paged.run(batch, rules)
+
+
+@_native.defjvp
+def _native_jvp(primals, tangents):
+    return jax.jvp(_run_jax, primals, tangents)
+
+
+_run_native = jax.jit(_native)
+
+
+def _run_jax(batch: _Batch, rules: _Rules) -> tuple[jax.Array, Pool]:
+    pool, lengths = batch.pool, batch.lengths
+    if batch.new is not None:
+        pool = append(
+            pool,
+            *batch.new,
+            table=batch.table,
+            lengths=lengths,
+            row_offsets=batch.row_offsets,
+            layer=batch.layer,
+        )
+        lengths = lengths + batch.row_offsets[1:] - batch.row_offsets[:-1]
+    scale, score_mod = with_scale(rules.scale, rules.score_mod)
+    work = _Work(
+        batch.query, pool, batch.table, lengths, batch.row_offsets, batch.layer
+    )
+    return _attend(work, rules.mask_mod, score_mod, scale=scale), pool
+
+
+def append(
+    pool: Pool,
+    key: Float[Array, "R K D"],
+    value: Float[Array, "R K E"],
+    *,
+    table: Int[Array, "B M"],
+    lengths: Int[Array, " B"],
+    row_offsets: Int[Array, " B+1"],
+    layer: int | Int[Array, ""],
+) -> Pool:
+    """Writes each row of ``key`` and ``value`` at its place, in plain JAX.
+
+    Rows that have no place, because no sequence owns them or its table names no page
+    for them, are dropped.
+    """
+    if not key.size or not table.size:
+        return pool
+    return _append(pool, key, value, table, lengths, row_offsets, layer)
 
 
 @jax.jit
-def _append(pages, new, table, lengths, row_offsets, layer):
-    N, P, M = pages.shape[1], pages.shape[3], table.shape[1]
-    sequence, position, real = places(new.shape[0], lengths, row_offsets)
+def _append(pool, key, value, table, lengths, row_offsets, layer):
+    N, P, M = pool.keys.shape[1], pool.keys.shape[3], table.shape[1]
+    sequence, position, real = places(key.shape[0], lengths, row_offsets)
     page = table[sequence, jnp.minimum(position // P, M - 1)]
     real &= (position < M * P) & (page >= 0)
     page = jnp.where(real, page, N)  # out of bounds, which mode="drop" skips
-    at = pages.at[layer, page, :, position % P]
-    return at.set(new.astype(pages.dtype), mode="drop")
+
+    def put(pages: jax.Array, rows: jax.Array) -> jax.Array:
+        at = pages.at[layer, page, :, position % P]
+        return at.set(rows.astype(pages.dtype), mode="drop")
+
+    if pool.key_scales is None:
+        return Pool(put(pool.keys, key), put(pool.values, value))
+    (key, key_scales), (value, value_scales) = (
+        quantise(x, pool.keys.dtype) for x in (key, value)
+    )
+    rows = key, value, key_scales, value_scales
+    return Pool(*map(put, pool, rows))
 
 
 def places(rows: int, lengths: jax.Array, row_offsets: jax.Array):
@@ -110,34 +232,6 @@ def places(rows: int, lengths: jax.Array, row_offsets: jax.Array):
     real = sequence < lengths.shape[0]
     sequence = jnp.minimum(sequence, lengths.shape[0] - 1)
     return sequence, lengths[sequence] + row - row_offsets[sequence], real
-
-
-def attend(
-    query: Float[Array, "R H D"],
-    k_pages: Float[Array, "L N K P D"],
-    v_pages: Float[Array, "L N K P E"],
-    *,
-    table: Int[Array, "B M"],
-    lengths: Int[Array, " B"],
-    row_offsets: Int[Array, " B+1"],
-    layer: int | Int[Array, ""],
-    mask_mod: MaskMod | None,
-    score_mod: ScoreMod | None = None,
-    scale: float | Float[Array, ""] | None = None,
-) -> Float[Array, "R H E"]:
-    """Attends to what the pages hold; ``lengths`` counts the keys of each sequence.
-
-    The last row of a sequence stands at its last key. Works through tasks, each up to
-    `MAX_ROWS` query rows of one sequence, page by page with a running softmax; pages
-    past a sequence's length are not read, and those its mask empties not multiplied.
-    """
-    D = query.shape[-1]
-    if not query.size or not table.size:
-        return jnp.zeros((*query.shape[:2], v_pages.shape[4]), query.dtype)
-    scale, score_mod = with_scale(D**-0.5 if scale is None else scale, score_mod)
-    pages = k_pages, v_pages
-    work = _Work(query, pages, table, lengths, row_offsets, layer)
-    return _attend(work, as_mod(mask_mod), score_mod, scale=scale)
 
 
 @functools.partial(jax.jit, static_argnames="scale")
@@ -153,17 +247,11 @@ def _attend(work: "_Work", mask_mod, score_mod, *, scale):
     return jnp.where(real[:, None, None], out, 0)
 
 
-class _Rules(NamedTuple):
-    mask_mod: MaskMod | None
-    score_mod: ScoreMod | None
-    scale: float
-
-
 class _Work(NamedTuple):
     """A ragged batch cut into tasks, each some rows of one sequence, in order."""
 
     query: jax.Array
-    pages: tuple[jax.Array, jax.Array]
+    pool: Pool
     table: jax.Array
     lengths: jax.Array
     row_offsets: jax.Array
@@ -196,17 +284,26 @@ class _Work(NamedTuple):
 
     def page(self, number: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Keys and values of one page, ``(1, K, P, D)``."""
-        k, v = (
-            lax.dynamic_slice(p, (self.layer, number, 0, 0, 0), (1, 1, *p.shape[2:]))
-            for p in self.pages
-        )
-        return k[0].astype(self.query.dtype), v[0].astype(self.query.dtype)
+
+        def cut(pages: jax.Array) -> jax.Array:
+            start = self.layer, number, *(0 for _ in pages.shape[2:])
+            return lax.dynamic_slice(pages, start, (1, 1, *pages.shape[2:]))[0]
+
+        k, v = cut(self.pool.keys), cut(self.pool.values)
+        k_scales, v_scales = self.pool.key_scales, self.pool.value_scales
+        if k_scales is not None and v_scales is not None:
+            k, v = dequantise(k, cut(k_scales)), dequantise(v, cut(v_scales))
+        return k.astype(self.query.dtype), v.astype(self.query.dtype)
 
 
 def _task(work: _Work, rules: _Rules, number: jax.Array) -> jax.Array:
-    """The output of one task's rows: (rows, H, E)."""
+    """The output of one task's rows: (rows, H, E).
+
+    Pages past the sequence's length are not read, and those its mask empties are not
+    multiplied.
+    """
     R, H, _ = work.query.shape
-    M, (P, E) = work.table.shape[1], work.pages[1].shape[3:]
+    M, (P, E) = work.table.shape[1], work.pool.values.shape[3:]
     b = jnp.searchsorted(work.ends, number, side="right").astype(jnp.int32)
     exists = b < work.table.shape[0]
     b = jnp.minimum(b, work.table.shape[0] - 1)
@@ -223,7 +320,7 @@ def _task(work: _Work, rules: _Rules, number: jax.Array) -> jax.Array:
         at = position_indices(1, H, q_idx[None], kv_idx)
         at = b.reshape(1, 1, 1, 1), *at[1:]
         allowed = (at[3] < work.lengths[b]) & (page >= 0)
-        allowed &= page < work.pages[0].shape[1]
+        allowed &= page < work.pool.keys.shape[1]
         if rules.mask_mod is not None:
             allowed &= apply_mask(rules.mask_mod, *at)
 

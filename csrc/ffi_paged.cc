@@ -1,0 +1,197 @@
+#include <string>
+
+#include "ffi_door.h"
+#include "ffi_program.h"
+#include "kernels.h"
+#include "paged.h"
+
+namespace raptax {
+namespace {
+
+ffi::Error wrong(const std::string& sentence) {
+  return ffi::Error::InvalidArgument("paged attention: " + sentence);
+}
+
+bool type_of(ffi::DataType dtype, Type* type) {
+  switch (dtype) {
+    case ffi::DataType::F32: *type = Type::kF32; return true;
+    case ffi::DataType::BF16: *type = Type::kBF16; return true;
+    case ffi::DataType::F16: *type = Type::kF16; return true;
+    default: return false;
+  }
+}
+
+bool stored_of(ffi::DataType dtype, Stored* stored) {
+  switch (dtype) {
+    case ffi::DataType::F32: *stored = Stored::kF32; return true;
+    case ffi::DataType::BF16: *stored = Stored::kBF16; return true;
+    case ffi::DataType::F16: *stored = Stored::kF16; return true;
+    case ffi::DataType::S8: *stored = Stored::kS8; return true;
+    case ffi::DataType::F8E4M3FN: *stored = Stored::kE4M3; return true;
+    case ffi::DataType::F8E5M2: *stored = Stored::kE5M2; return true;
+    default: return false;
+  }
+}
+
+bool quantised(Stored stored) { return bytes_of(stored) == 1; }
+
+// Whether `x` has just these axes.
+bool is(const ffi::AnyBuffer& x, std::initializer_list<int64_t> shape) {
+  auto found = x.dimensions();
+  return found.size() == shape.size() && std::equal(shape.begin(), shape.end(), found.begin());
+}
+
+// The operands, in the order in which they come; see native_paged.py.
+struct Operands {
+  ffi::AnyBuffer query, key, value, k_pages, v_pages, k_scales, v_scales;
+  ffi::AnyBuffer table, lengths, row_offsets, layer, scale;
+  size_t count;  // of these; the rest are arrays of programs
+};
+
+ffi::ErrorOr<Operands> read(ffi::RemainingArgs args, bool append) {
+  size_t next = 0;
+  bool there = true;
+  auto take = [&]() -> ffi::AnyBuffer {
+    static XLA_FFI_Buffer none = {};
+    auto x = args.get<ffi::AnyBuffer>(next++);
+    there = there && x.has_value();
+    return x.has_value() ? *x : ffi::AnyBuffer(&none);
+  };
+  ffi::AnyBuffer query = take();
+  ffi::AnyBuffer key = append ? take() : query, value = append ? take() : query;
+  ffi::AnyBuffer k_pages = take(), v_pages = take();
+  Stored stored;
+  bool scales = there && stored_of(k_pages.element_type(), &stored) && quantised(stored);
+  ffi::AnyBuffer k_scales = scales ? take() : k_pages, v_scales = scales ? take() : v_pages;
+  ffi::AnyBuffer table = take(), lengths = take(), offsets = take(), layer = take(),
+                 scale = take();
+  if (!there) return ffi::Unexpected(wrong("an operand is missing."));
+  return Operands{query,    key,   value,   k_pages, v_pages, k_scales,
+                  v_scales, table, lengths, offsets, layer,   scale, next};
+}
+
+ffi::Error check_axes(const Operands& x, const Paged& p, bool append) {
+  bool fit = is(x.k_pages, {p.L, p.N, p.K, p.P, p.D}) &&
+             is(x.v_pages, {p.L, p.N, p.K, p.P, p.E}) && is(x.table, {p.B, p.M}) &&
+             is(x.lengths, {p.B}) && is(x.row_offsets, {p.B + 1}) && is(x.layer, {}) &&
+             is(x.scale, {});
+  if (append) fit = fit && is(x.key, {p.R, p.K, p.D}) && is(x.value, {p.R, p.K, p.E});
+  if (quantised(p.stored)) {
+    fit = fit && is(x.k_scales, {p.L, p.N, p.K, p.P}) && is(x.v_scales, {p.L, p.N, p.K, p.P});
+    fit = fit && x.k_scales.element_type() == ffi::DataType::F32 &&
+          x.v_scales.element_type() == ffi::DataType::F32;
+  }
+  for (const ffi::AnyBuffer& whole : {x.table, x.lengths, x.row_offsets, x.layer}) {
+    fit = fit && whole.element_type() == ffi::DataType::S32;
+  }
+  fit = fit && x.scale.element_type() == ffi::DataType::F32 &&
+        x.v_pages.element_type() == x.k_pages.element_type();
+  if (!fit) return wrong("the shapes or dtypes of the operands do not fit together.");
+  if (p.K < 1 || p.H % p.K != 0 || p.P < 1) return wrong("heads or pages are of no size.");
+  return ffi::Error::Success();
+}
+
+// Sizes and pointers; `error` says what does not fit.
+ffi::Error fill(const Operands& x, bool append, Paged& p) {
+  auto q = x.query.dimensions(), k = x.k_pages.dimensions(), v = x.v_pages.dimensions();
+  auto table = x.table.dimensions();
+  if (q.size() != 3 || k.size() != 5 || v.size() != 5 || table.size() != 2) {
+    return wrong("an operand has the wrong number of axes.");
+  }
+  p.R = q[0], p.H = q[1], p.D = q[2];
+  p.L = k[0], p.N = k[1], p.K = k[2], p.P = k[3], p.E = v[4];
+  p.B = table[0], p.M = table[1];
+  if (!type_of(x.query.element_type(), &p.type) ||
+      !stored_of(x.k_pages.element_type(), &p.stored)) {
+    return wrong("it does not know the dtype of the query or of the pages.");
+  }
+  if (ffi::Error error = check_axes(x, p, append); error.failure()) return error;
+  p.query = x.query.untyped_data();
+  if (append) {
+    if (!type_of(x.key.element_type(), &p.new_type) ||
+        x.value.element_type() != x.key.element_type()) {
+      return wrong("it does not know the dtypes of the new keys and values.");
+    }
+    p.key = x.key.untyped_data(), p.value = x.value.untyped_data();
+  }
+  p.k_pages = x.k_pages.untyped_data(), p.v_pages = x.v_pages.untyped_data();
+  if (quantised(p.stored)) {
+    p.k_scales = static_cast<float*>(x.k_scales.untyped_data());
+    p.v_scales = static_cast<float*>(x.v_scales.untyped_data());
+  }
+  p.table = x.table.typed_data<int32_t>();
+  p.lengths = x.lengths.typed_data<int32_t>();
+  p.row_offsets = x.row_offsets.typed_data<int32_t>();
+  p.layer = *x.layer.typed_data<int32_t>();
+  p.scale = *x.scale.typed_data<float>();
+  return ffi::Error::Success();
+}
+
+// Results: out, then the pools that were appended to, which XLA must have let us update
+// where they are.
+ffi::Error check_results(ffi::RemainingRets rets, const Operands& x, bool append, Paged& p) {
+  auto out = rets.get<ffi::AnyBuffer>(0);
+  if (!out.has_value() || !is(**out, {p.R, p.H, p.E}) ||
+      (*out)->element_type() != x.query.element_type()) {
+    return wrong("the result does not fit the query.");
+  }
+  p.out = (*out)->untyped_data();
+  if (!append) return ffi::Error::Success();
+  const ffi::AnyBuffer* pools[] = {&x.k_pages, &x.v_pages, &x.k_scales, &x.v_scales};
+  for (size_t i = 0; i < (quantised(p.stored) ? 4 : 2); ++i) {
+    auto pool = rets.get<ffi::AnyBuffer>(i + 1);
+    if (!pool.has_value() || (*pool)->untyped_data() != pools[i]->untyped_data()) {
+      return wrong("the pool came back as another buffer, so it cannot be updated in place.");
+    }
+  }
+  return ffi::Error::Success();
+}
+
+ffi::Error paged(ffi::ThreadPool threads, ffi::RemainingArgs args, ffi::RemainingRets rets,
+                 bool append, int64_t left, int64_t right, Code mask_code,
+                 int64_t mask_arrays, Code score_code, int64_t score_arrays) {
+  const Kernels* kernels = chosen_kernels();
+  if (kernels == nullptr) return wrong("RAPTAX_ISA names no instruction set of this machine.");
+  ffi::ErrorOr<Operands> operands = read(args, append);
+  if (operands.has_error()) return operands.error();
+  Paged problem{};
+  if (ffi::Error error = fill(*operands, append, problem); error.failure()) return error;
+  problem.band = {left, right};
+  if (ffi::Error error = check_results(rets, *operands, append, problem); error.failure()) {
+    return error;
+  }
+  Programs programs(args, operands->count);
+  Program mask, score;
+  bool masks = false, changes = false;
+  if (ffi::Error error = programs.read(mask_code, mask_arrays, false, mask, masks);
+      error.failure()) {
+    return error;
+  }
+  if (ffi::Error error = programs.read(score_code, score_arrays, true, score, changes);
+      error.failure()) {
+    return error;
+  }
+  if (!programs.finished()) return wrong("there are arrays that no mod reads.");
+  if (masks) problem.mask_program = &mask;
+  if (changes) problem.score_program = &score;
+  char message[400];
+  if (!check(problem, message, sizeof message)) return wrong(message);
+  kernels->paged(problem, XlaParallel(threads));
+  return ffi::Error::Success();
+}
+
+}  // namespace
+}  // namespace raptax
+
+RAPTAX_HANDLER(raptax_paged, raptax::paged,
+               ffi::Ffi::Bind()
+                   .Ctx<ffi::ThreadPool>()
+                   .RemainingArgs()
+                   .RemainingRets()
+                   .Attr<bool>("append")
+                   .Attr<int64_t>("left")
+                   .Attr<int64_t>("right")
+                   .Attr<raptax::Code>("mask_code")
+                   .Attr<int64_t>("mask_arrays")
+                   .Attr<raptax::Code>("score_code")
+                   .Attr<int64_t>("score_arrays"));

@@ -1,0 +1,81 @@
+// The words of paged attention: see src/raptax/kernels/paged.py for what they mean.
+// Letters are those of src/raptax/_types.py.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "problem.h"
+
+namespace raptax {
+
+// What pages hold. The last three come with a float32 scale per token and kv head.
+enum class Stored : int32_t { kF32, kBF16, kF16, kS8, kE4M3, kE5M2 };
+
+inline int64_t bytes_of(Stored stored) {
+  if (stored == Stored::kF32) return 4;
+  return stored == Stored::kBF16 || stored == Stored::kF16 ? 2 : 1;
+}
+
+struct Paged {
+  int64_t R, B;     // rows of all sequences, sequences
+  int64_t H, K;     // query heads, key/value heads; H % K == 0
+  int64_t D, E;     // head sizes of keys and of values
+  int64_t L, N, P;  // layers, pages in the pool, tokens per page
+  int64_t M;        // pages per sequence
+
+  Type type;          // of query and out
+  const void* query;  // (R, H, D)
+  void* out;          // (R, H, E)
+
+  // What to append; null if there is nothing.
+  Type new_type;
+  const void* key = nullptr;    // (R, K, D)
+  const void* value = nullptr;  // (R, K, E)
+
+  Stored stored;
+  void* k_pages;              // (L, N, K, P, D)
+  void* v_pages;              // (L, N, K, P, E)
+  float* k_scales = nullptr;  // (L, N, K, P); null where pages hold plain numbers
+  float* v_scales = nullptr;
+
+  const int32_t* table;        // (B, M)
+  const int32_t* lengths;      // (B): keys held before the new rows, if any, are appended
+  const int32_t* row_offsets;  // (B + 1)
+  int64_t layer;
+
+  float scale = 1;
+  Band band;
+  const Program* mask_program = nullptr;
+  const Program* score_program = nullptr;
+
+  int64_t rows(int64_t b) const { return row_offsets[b + 1] - row_offsets[b]; }
+  // Keys of sequence b, the appended ones included.
+  int64_t keys(int64_t b) const {
+    return lengths[b] + (key != nullptr ? rows(b) : 0);
+  }
+  // Absolute position of its first row.
+  int64_t first(int64_t b) const { return keys(b) - rows(b); }
+  // The first key that any of its rows may see.
+  int64_t first_key(int64_t b) const {
+    int64_t low = first(b) - band.left;
+    return low < 0 ? 0 : low;
+  }
+  // One behind the last key that its rows up to `row` may see.
+  int64_t end_key(int64_t b, int64_t row) const {
+    int64_t high = first(b) + row + band.right + 1;
+    return high < keys(b) ? high : keys(b);
+  }
+  // Where token `position` of sequence b lies, counted in tokens of the pool, for kv
+  // head 0; that of head k lies k * P further.
+  int64_t place(int64_t b, int64_t position) const {
+    int64_t page = table[b * M + position / P];
+    return (layer * N + page) * K * P + position % P;
+  }
+};
+
+// Whether every place that will be written or read exists. Reads nothing but the table,
+// the lengths and the offsets. If not, `message` says what is wrong.
+bool check(const Paged& problem, char* message, size_t size);
+
+}  // namespace raptax

@@ -1,0 +1,303 @@
+// Numbers as pages hold them: from vectors of any of the types, and back to bytes.
+
+#pragma once
+
+#include "paged.h"
+#include "simd.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace raptax {
+namespace RAPTAX_ISA {
+namespace pages {
+
+// Intrinsics come in their zero-masked forms: gcc 12 warns of the plain ones.
+//
+// Elements are loaded in pairs of vectors, in an order that is cheap for their type.
+// Keys and queries are in the same order, so scores do not care; outputs are put back.
+constexpr int64_t kStep = 2 * kLanes;
+
+typedef uint16_t U16 __attribute__((vector_size(2 * RAPTAX_LANES)));
+typedef uint8_t U8 __attribute__((vector_size(RAPTAX_LANES)));
+typedef int8_t I8 __attribute__((vector_size(RAPTAX_LANES)));
+
+template <typename V>
+static inline V read(const void* p) {
+  V x;
+  memcpy(&x, p, sizeof x);
+  return x;
+}
+
+static inline F32 half_to_float(U16 half) {
+#if RAPTAX_LANES == 16
+  return (F32)_mm512_maskz_cvtph_ps(0xffff, (__m256i)half);
+#elif defined(__F16C__)
+  return (F32)_mm256_cvtph_ps((__m128i)half);
+#else
+  U32 h = __builtin_convertvector(half, U32);
+  U32 magnitude = h & 0x7fff;
+  F32 small = __builtin_convertvector((I32)magnitude, F32) * 0x1p-24f;
+  U32 normal = (magnitude << 13) + (112u << 23);
+  U32 special = (magnitude << 13) | 0x7f800000u;
+  U32 bits = magnitude < 0x400 ? (U32)small : magnitude >= 0x7c00 ? special : normal;
+  return (F32)(bits | (h & 0x8000) << 16);
+#endif
+}
+
+struct Float32 {
+  static constexpr int64_t kBytes = 4;
+  static constexpr bool kFitsBFloat16 = false;
+  static constexpr bool kInterleaved = false;
+  static inline void pair(const char* row, int64_t i, F32& a, F32& b) {
+    a = read<F32>(row + 4 * i);
+    b = read<F32>(row + 4 * (i + kLanes));
+  }
+};
+
+struct BFloat16 {
+  static constexpr int64_t kBytes = 2;
+  static constexpr bool kFitsBFloat16 = true;
+  static constexpr bool kInterleaved = true;  // even elements first, then odd ones
+  static inline void pair(const char* row, int64_t i, F32& a, F32& b) {
+    U32 x = read<U32>(row + 2 * i);
+    a = (F32)(x << 16);
+    b = (F32)(x & 0xffff0000u);
+  }
+};
+
+struct Float16 {
+  static constexpr int64_t kBytes = 2;
+  static constexpr bool kFitsBFloat16 = false;
+  static constexpr bool kInterleaved = false;
+  static inline void pair(const char* row, int64_t i, F32& a, F32& b) {
+    a = half_to_float(read<U16>(row + 2 * i));
+    b = half_to_float(read<U16>(row + 2 * (i + kLanes)));
+  }
+};
+
+struct Int8 {
+  static constexpr int64_t kBytes = 1;
+  static constexpr bool kFitsBFloat16 = true;
+  static constexpr bool kInterleaved = false;
+  static inline F32 one(const char* p) {  // in two steps, or gcc 12 goes lane by lane
+#if RAPTAX_LANES == 16
+    I32 x = (I32)_mm512_maskz_cvtepi8_epi32(0xffff, read<__m128i>(p));
+#elif defined(__AVX2__)
+    I32 x = (I32)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p));
+#else
+    I32 x = __builtin_convertvector(read<I8>(p), I32);
+#endif
+    return __builtin_convertvector(x, F32);
+  }
+  static inline void pair(const char* row, int64_t i, F32& a, F32& b) {
+    a = one(row + i), b = one(row + i + kLanes);
+  }
+};
+
+struct E5M2 {  // the upper half of a float16
+  static constexpr int64_t kBytes = 1;
+  static constexpr bool kFitsBFloat16 = true;
+  static constexpr bool kInterleaved = false;
+  static inline F32 one(const char* p) {
+    return half_to_float(__builtin_convertvector(read<U8>(p), U16) << 8);
+  }
+  static inline void pair(const char* row, int64_t i, F32& a, F32& b) {
+    a = one(row + i), b = one(row + i + kLanes);
+  }
+};
+
+struct E4M3 {  // a float16 of 2^-8 times the number; but the largest code is NaN
+  static constexpr int64_t kBytes = 1;
+  static constexpr bool kFitsBFloat16 = true;
+  static constexpr bool kInterleaved = false;
+  static inline F32 one(const char* p) {
+    U16 x = __builtin_convertvector(read<U8>(p), U16), magnitude = x & 0x7f;
+    U16 half = (x & 0x80) << 8 | magnitude << 7;
+    half |= (U16)(magnitude == 0x7f) & 0x7e00;
+    return half_to_float(half) * 256.0f;
+  }
+  static inline void pair(const char* row, int64_t i, F32& a, F32& b) {
+    a = one(row + i), b = one(row + i + kLanes);
+  }
+};
+
+// A row in the order in which pairs come: `size` elements, a multiple of kStep.
+template <typename Element>
+static inline void arrange(const float* from, int64_t size, float* to) {
+  for (int64_t i = 0; i < size; i += kStep) {
+    for (int l = 0; l < kLanes; ++l) {
+      to[i + l] = from[i + (Element::kInterleaved ? 2 * l : l)];
+      to[i + kLanes + l] = from[i + (Element::kInterleaved ? 2 * l + 1 : kLanes + l)];
+    }
+  }
+}
+
+// And back.
+template <typename Element>
+static inline void restore(const float* from, int64_t size, float* to) {
+  for (int64_t i = 0; i < size; i += kStep) {
+    for (int l = 0; l < kLanes; ++l) {
+      to[i + (Element::kInterleaved ? 2 * l : l)] = from[i + l];
+      to[i + (Element::kInterleaved ? 2 * l + 1 : kLanes + l)] = from[i + kLanes + l];
+    }
+  }
+}
+
+// ---------------------------------------------------------------------- one at a time
+
+static inline float bits_to_float(uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, 4);
+  return x;
+}
+static inline uint32_t float_to_bits(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  return bits;
+}
+
+static inline float read_number(Type type, const void* data, int64_t i) {
+  if (type == Type::kF32) return static_cast<const float*>(data)[i];
+  uint32_t half = static_cast<const uint16_t*>(data)[i];
+  if (type == Type::kBF16) return bits_to_float(half << 16);
+  uint32_t magnitude = half & 0x7fff, sign = (half & 0x8000) << 16;
+  if (magnitude < 0x400) {
+    float small = static_cast<float>(magnitude) * 0x1p-24f;
+    return sign != 0 ? -small : small;
+  }
+  uint32_t bits = (magnitude << 13) + (magnitude < 0x7c00 ? 112u << 23 : 224u << 23);
+  return bits_to_float(bits | sign);
+}
+
+static inline uint16_t to_bfloat16(float x) {
+  uint32_t bits = float_to_bits(x);
+  if (x != x) return static_cast<uint16_t>(bits >> 16 | 0x40);
+  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+static constexpr float power_of_two(int n) {
+  float x = 1;
+  for (; n > 0; --n) x *= 2;
+  for (; n < 0; ++n) x /= 2;
+  return x;
+}
+
+// A float of `kMantissa` bits of fraction whose smallest normal number is 2^`kLowest`,
+// rounded to even, without its sign: for |x| below where it overflows.
+template <int kMantissa, int kLowest>
+static inline uint32_t to_small(float magnitude) {
+  constexpr float kUnits = power_of_two(kMantissa - kLowest);
+  if (magnitude < power_of_two(kLowest)) {
+    return static_cast<uint32_t>(__builtin_rintf(magnitude * kUnits));
+  }
+  constexpr int kDropped = 23 - kMantissa;
+  uint32_t bits = float_to_bits(magnitude);
+  bits += (1u << (kDropped - 1)) - 1 + (bits >> kDropped & 1);
+  return (bits >> kDropped) - (static_cast<uint32_t>(127 + kLowest - 1) << kMantissa);
+}
+
+static inline uint16_t to_float16(float x) {
+  uint32_t sign = float_to_bits(x) >> 16 & 0x8000;
+  float magnitude = __builtin_fabsf(x);
+  if (x != x) return static_cast<uint16_t>(sign | 0x7e00);
+  if (magnitude >= 65520) return static_cast<uint16_t>(sign | 0x7c00);
+  return static_cast<uint16_t>(sign | to_small<10, -14>(magnitude));
+}
+
+// `size` numbers from number `from` on, as float32; whether all are finite.
+static inline bool read_numbers(Type type, const void* data, int64_t from, int64_t size,
+                                float* to) {
+  int64_t i = 0;
+  I32 odd = {};
+  auto convert = [&](auto one) {
+    for (; i + kLanes <= size; i += kLanes) {
+      F32 x = one(static_cast<const char*>(data), from + i);
+      odd |= x - x != 0;
+      store(to + i, x);
+    }
+  };
+  if (type == Type::kF32) {
+    convert([](const char* p, int64_t at) { return read<F32>(p + 4 * at); });
+  } else if (type == Type::kBF16) {
+    convert([](const char* p, int64_t at) {
+      return (F32)(__builtin_convertvector(read<U16>(p + 2 * at), U32) << 16);
+    });
+  } else {
+    convert([](const char* p, int64_t at) { return half_to_float(read<U16>(p + 2 * at)); });
+  }
+  bool finite = true;
+  for (; i < size; ++i) {
+    to[i] = read_number(type, data, from + i);
+    finite &= to[i] - to[i] == 0;
+  }
+  for (int l = 0; l < kLanes; ++l) finite &= odd[l] == 0;
+  return finite;
+}
+
+static inline void write_number(Type type, void* data, int64_t i, float x) {
+  if (type == Type::kF32) {
+    static_cast<float*>(data)[i] = x;
+  } else {
+    static_cast<uint16_t*>(data)[i] = type == Type::kBF16 ? to_bfloat16(x) : to_float16(x);
+  }
+}
+
+static inline void write_numbers(Type type, void* data, int64_t from, int64_t size,
+                                 const float* x) {
+  if (type == Type::kF32) {
+    memcpy(static_cast<float*>(data) + from, x, static_cast<size_t>(size) * sizeof(float));
+    return;
+  }
+  uint16_t* to = static_cast<uint16_t*>(data) + from;
+  if (type == Type::kBF16) {
+    for (int64_t i = 0; i < size; ++i) to[i] = to_bfloat16(x[i]);
+  } else {
+    for (int64_t i = 0; i < size; ++i) to[i] = to_float16(x[i]);
+  }
+}
+
+// -------------------------------------------------------------------------- quantised
+
+static inline float largest_code(Stored stored) {
+  return stored == Stored::kS8 ? 127.0f : stored == Stored::kE4M3 ? 448.0f : 57344.0f;
+}
+
+static inline uint8_t to_code(Stored stored, float x) {
+  if (stored == Stored::kS8) {
+    return static_cast<uint8_t>(static_cast<int8_t>(__builtin_rintf(x)));
+  }
+  uint32_t sign = float_to_bits(x) >> 24 & 0x80;
+  float magnitude = __builtin_fabsf(x);
+  uint32_t code =
+      stored == Stored::kE4M3 ? to_small<3, -6>(magnitude) : to_small<2, -14>(magnitude);
+  return static_cast<uint8_t>(sign | code);
+}
+
+// Writes a row as codes and returns its scale: max |x| / largest code. A row of zeros
+// has the scale 0; one that is not finite the scale NaN.
+static inline float quantise(Stored stored, Type type, const void* row, int64_t from,
+                             int64_t size, uint8_t* codes) {
+  float high = 0;
+  bool finite = true;
+  for (int64_t i = 0; i < size; ++i) {
+    float x = __builtin_fabsf(read_number(type, row, from + i));
+    finite &= x - x == 0;
+    high = x > high ? x : high;
+  }
+  float scale = high * (1.0f / largest_code(stored));  // as quant/rows.py does
+  if (!finite || scale < 0x1p-126f) {
+    memset(codes, 0, static_cast<size_t>(size));
+    return finite ? 0.0f : __builtin_nanf("");
+  }
+  const float inverse = 1 / scale;
+  for (int64_t i = 0; i < size; ++i) {
+    codes[i] = to_code(stored, read_number(type, row, from + i) * inverse);
+  }
+  return scale;
+}
+
+}  // namespace pages
+}  // namespace RAPTAX_ISA
+}  // namespace raptax
