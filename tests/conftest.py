@@ -13,6 +13,13 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _forget_programs():
+    """What one file of tests compiled; all of it would take 5 GB."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def unchecked():
     """Lets wrong shapes through to the library's own checks, as they are for users."""

@@ -125,6 +125,7 @@ def compare_low_precision(kernel, problem: Problem, dtype) -> None:
         assert error <= 2 * allowed + floor
 
 
+QUICK = ("causal tiles", "alibi", "odd sizes")
 LOW_PRECISION = (
     "plain",
     "decode",
@@ -143,8 +144,16 @@ LOW_PRECISION = (
 
 
 CASES = [
-    *((problem, jnp.bfloat16) for problem in LOW_PRECISION),
-    *((problem, jnp.float16) for problem in ("causal tiles", "soft cap", "odd sizes")),
+    *((problem, jnp.bfloat16) for problem in QUICK),
+    *(
+        pytest.param(problem, dtype, marks=pytest.mark.slow)
+        for problem, dtype in (
+            *((problem, jnp.bfloat16) for problem in LOW_PRECISION),
+            *((problem, jnp.float16) for problem in ("causal tiles", "soft cap")),
+            ("odd sizes", jnp.float16),
+        )
+        if (problem, dtype) not in [(name, jnp.bfloat16) for name in QUICK]
+    ),
 ]
 
 

@@ -28,13 +28,13 @@ from raptax.kernels.native_attention import (
     split_band,
     why_not_native,
 )
+from tests.instruction_sets import GENERIC_FIRST, INSTRUCTION_SETS
 from tests.problems import PROBLEMS, Problem
 
 pytestmark = pytest.mark.skipif(
     not native.available(), reason="the native library was not built"
 )
 
-INSTRUCTION_SETS = ("generic", "avx2", "avx512", "avx512bf16", "amx")
 QUICK = ("causal tiles", "more queries", "documents", "alibi", "bias", "value size")
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
@@ -96,7 +96,7 @@ def check(found: dict[str, np.ndarray], names: tuple[str, ...]) -> None:
                 )
 
 
-@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+@pytest.mark.parametrize("isa", GENERIC_FIRST)
 def test_every_instruction_set(isa, tmp_path):
     check(compute(isa, QUICK, tmp_path / "out.npz"), QUICK)
 

@@ -38,7 +38,9 @@ def one(q, k, v, mask_mod=None):
 # ------------------------------------------------------------------------------- padded
 
 
-@pytest.mark.parametrize("mask_mod", [Causal(), None], ids=str)
+@pytest.mark.parametrize(
+    "mask_mod", [pytest.param(Causal(), marks=pytest.mark.slow), None], ids=str
+)
 def test_lengths_are_as_if_each_sequence_were_cut(mask_mod):
     q, k, v = qkv(3, 6, 9)
     queries, keys = [6, 2, 0], [9, 5, 3]
@@ -104,7 +106,11 @@ def test_a_block_mask_takes_no_lengths_from_elsewhere():
 # ------------------------------------------------------------------------------- packed
 
 
-@pytest.mark.parametrize("mask_mod", [Causal(), SlidingWindow(3), None], ids=str)
+@pytest.mark.parametrize(
+    "mask_mod",
+    [pytest.param(Causal(), marks=pytest.mark.slow), SlidingWindow(3), None],
+    ids=str,
+)
 def test_packed_sequences_are_as_if_each_were_alone(mask_mod):
     queries, keys, pad = [3, 0, 5, 1], [7, 2, 5, 0], 3
     row_offsets, key_offsets = (
