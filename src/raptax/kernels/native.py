@@ -1,4 +1,4 @@
-"""The C++ kernels, and the only file that knows how XLA calls them.
+"""The library of C++ kernels: found, loaded, and its handlers registered with XLA.
 
 The library is loaded and its handlers are registered when first asked for, so that
 importing raptax costs nothing and works where it could not be built.
