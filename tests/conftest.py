@@ -1,5 +1,6 @@
 """Strict arrays: a test that relies on a silent promotion is a test that lies."""
 
+import itertools
 import os
 from pathlib import Path
 
@@ -13,9 +14,22 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 
 
+# Linux gives a process 65,530 memory mappings. A test's programs take about 230 of them
+# and 13 MB, and where a mapping is refused the process dies.
+TESTS_PER_CACHE = 80
+_ran = itertools.count(1)
+
+
+@pytest.fixture(autouse=True)
+def _forget_programs_in_time():
+    yield
+    if next(_ran) % TESTS_PER_CACHE == 0:
+        jax.clear_caches()
+
+
 @pytest.fixture(scope="module", autouse=True)
-def _forget_programs():
-    """What one file of tests compiled; all of it would take 5 GB."""
+def _forget_programs_of_a_file():
+    """No file of tests runs what another one compiled."""
     yield
     jax.clear_caches()
 
