@@ -7,14 +7,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+SETTLED = 0.03
+
 
 def seconds(functions: dict[str, Callable[[], object]], repeats: int = 7):
-    """Times of each function, sorted; they take turns, so noise falls on all alike."""
+    """Times of each function, sorted; they take turns, so noise falls on all alike.
+
+    At its turn a function first runs untimed for SETTLED seconds: the threads of the one
+    before go on waiting for work, at full speed, for about 10 ms.
+    """
     for function in functions.values():
         jax.block_until_ready(function())  # compile, and warm the caches
     times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(repeats):
         for name, function in functions.items():
+            settled = time.perf_counter() + SETTLED
+            while time.perf_counter() < settled:
+                jax.block_until_ready(function())
             start = time.perf_counter()
             jax.block_until_ready(function())
             times[name].append(time.perf_counter() - start)

@@ -14,6 +14,7 @@
 namespace raptax {
 namespace RAPTAX_ISA {
 
+constexpr int64_t kAmxQueries = 256;             // query rows of a task
 constexpr int64_t kUnit = 64;                    // query rows of a unit
 constexpr int64_t kGroup = 32;                   // rows of a tile product
 constexpr int64_t kScoreStride = kKeys + kLanes;  // not a power of 2: see cache sets
@@ -39,17 +40,17 @@ static void pack_block_amx_of(const Forward& f, int64_t b, int64_t kv, int64_t b
                  least(kKeys, s.S - block * kKeys), packed, packed + AmxSizes(s).keys());
 }
 
-// kQueries rows of one head. Its memory: see bytes().
+// kAmxQueries rows of one head. Its memory: see bytes().
 class AmxTile {
  public:
   static size_t bytes(const Forward& f) {
     AmxSizes sizes(f.shape);
     size_t bytes = 2 * sizes.block() * sizeof(Bf16);               // when not packed before
-    bytes += kQueries * sizes.D * sizeof(Bf16);                    // query_
-    bytes += kQueries * sizes.out_stride() * sizeof(float);        // out_
+    bytes += kAmxQueries * sizes.D * sizeof(Bf16);                    // query_
+    bytes += kAmxQueries * sizes.out_stride() * sizeof(float);        // out_
     bytes += 2 * kUnit * kScoreStride * sizeof(float);             // scores_
     bytes += 2 * kUnit * kKeys * sizeof(Bf16);                     // weights_
-    bytes += kQueries * (kLanes + 2) * sizeof(float);              // total_, high_, shrink_
+    bytes += kAmxQueries * (kLanes + 2) * sizeof(float);              // total_, high_, shrink_
     bytes += rounded_up(product_count(sizes) * sizeof(TileProduct), 64);
     return bytes + Changes::bytes(f.rules);
   }
@@ -60,16 +61,16 @@ class AmxTile {
         b_(b),
         h_(h),
         t_(t),
-        rows_(least(kQueries, f.shape.T - t)),
+        rows_(least(kAmxQueries, f.shape.T - t)),
         position_(f.rules.first(b) + t),
         block_(take<Bf16>(&memory, 2 * sizes_.block())),
-        query_(take<Bf16>(&memory, kQueries * sizes_.D)),
-        out_(take<float>(&memory, kQueries * sizes_.out_stride())),
+        query_(take<Bf16>(&memory, kAmxQueries * sizes_.D)),
+        out_(take<float>(&memory, kAmxQueries * sizes_.out_stride())),
         scores_(take<float>(&memory, 2 * kUnit * kScoreStride)),
         weights_(take<Bf16>(&memory, 2 * kUnit * kKeys)),
-        total_(take<float>(&memory, kQueries * kLanes)),
-        high_(take<float>(&memory, kQueries)),
-        shrink_(take<float>(&memory, kQueries)),
+        total_(take<float>(&memory, kAmxQueries * kLanes)),
+        high_(take<float>(&memory, kAmxQueries)),
+        shrink_(take<float>(&memory, kAmxQueries)),
         queue_(take<TileProduct>(&memory, product_count(sizes_))),
         changes_(f.rules, b, h, memory) {}
 
@@ -123,11 +124,11 @@ class AmxTile {
     }
     const float* sink = f_.rules.sinks == nullptr ? nullptr : f_.rules.sinks + h_;
     for (int64_t r = 0; r < rows_; ++r) running(r).begin(sink);
-    memset(out_, 0, kQueries * sizes_.out_stride() * sizeof(float));
+    memset(out_, 0, kAmxQueries * sizes_.out_stride() * sizeof(float));
     blocks_ = blocks_seen(f_, b_, t_, rows_);
   }
 
-  AmxRunning running(int64_t r) { return {high_ + r, total_ + r * kLanes}; }
+  Running running(int64_t r) { return {high_ + r, total_ + r * kLanes, kRaised}; }
 
   Unit first_unit(const Bf16* packed) { return unit_from(blocks_.first, 0, 0, packed); }
   Unit next_unit(const Unit& unit, const Bf16* packed) {
@@ -263,7 +264,7 @@ class AmxTile {
     const Shape& s = f_.shape;
     int64_t first = (b_ * s.H + h_) * s.T + t_;
     for (int64_t r = 0; r < rows_; ++r) {
-      Running row = running(r).sum();
+      Ended row = running(r).end();
       float total = row.sum(), share = total == 0 ? 0.0f : 1 / total;
       // Weights are too large by kRaised and cut off; so they are right as they are.
       for (int64_t e = 0; e < s.E; e += kLanes) {

@@ -31,26 +31,11 @@ static inline void store_weights(Bf16* to, F32 first, F32 second) {
   memcpy(to, &both, sizeof both);
 }
 
-// A row of the softmax: exp(score - high) adds up to the lanes of total / kRaised.
-struct AmxRunning {
-  float* high;
-  float* total;  // kLanes
-
-  void begin(const float* sink) {
-    Running row;
-    row.begin(sink);
-    *high = row.high;
-    store(total, F32{});
-    total[0] = row.total * kRaised;
-  }
-  Running sum() const { return {*high, sum_of(load(total)) / kRaised}; }
-};
-
 // Weighs scores[whole] by a maximum that is known; unless `kCut`, all of them are seen.
 // Returns false, and leaves the sum alone, if some score is far above it.
 template <bool kChanged, bool kCut>
 static inline bool weigh_known(const float* scores, Bf16* weights, Columns seen,
-                               Columns whole, Exponents to, AmxRunning row) {
+                               Columns whole, Exponents to, Running row) {
   F32 first = F32{}, second = F32{}, nothing = all(-kInf);
   F32 unit = all(to.scale * kLog2OfE), high = all(to.high_of(*row.high));
   for (int64_t j = whole.first; j < whole.last; j += kStep) {
@@ -74,7 +59,7 @@ static inline bool weigh_known(const float* scores, Bf16* weights, Columns seen,
 }
 
 static inline bool weigh_known(const float* scores, Bf16* weights, Columns seen,
-                               Columns whole, Exponents to, AmxRunning row) {
+                               Columns whole, Exponents to, Running row) {
   bool cut = seen.first > whole.first || seen.last < whole.last;
   if (to.changed) {
     return cut ? weigh_known<true, true>(scores, weights, seen, whole, to, row)
@@ -86,8 +71,8 @@ static inline bool weigh_known(const float* scores, Bf16* weights, Columns seen,
 
 // As weigh() of softmax.inl.
 static float weigh_some(const float* scores, Bf16* weights, Columns seen, Columns whole,
-                        Exponents to, AmxRunning row) {
-  float shrink = follow(scores, seen, to, *row.high);
+                        Exponents to, Running row) {
+  float shrink = follow<true>(scores, seen, whole, to, *row.high);
   bool none = *row.high == -kInf;
   F32 unit = all(to.scale * kLog2OfE), high = all(to.high_of(*row.high));
   F32 sum = load(row.total) * shrink, nothing = all(-kInf);

@@ -1,6 +1,6 @@
 // The forward pass in float32: FlashAttention-2's two loops (Dao 2023, arXiv:2307.08691).
 //
-// One task is kQueries query rows of one head; it visits the keys block by block. Keys
+// One task is some query rows of one head; it visits the keys block by block. Keys
 // and values are packed once per kv head for all tasks that read them where that takes
 // little memory, and by each task for itself beyond.
 
@@ -70,7 +70,7 @@ class Tile {
     int64_t row = (b_ * s.H + h_) * s.T + t_;
     pack_queries({f_.type, f_.query, row * s.D, s.D}, rows_, query_, sizes_.query);
     const float* sink = f_.rules.sinks == nullptr ? nullptr : f_.rules.sinks + h_;
-    for (int64_t r = 0; r < rows_; ++r) running_[r].begin(sink);
+    for (int64_t r = 0; r < rows_; ++r) running(r).begin(sink);
     for (int64_t i = 0; i < rows_ * sizes_.out; i += kLanes) store(out_ + i, F32{});
     Blocks blocks = blocks_seen(f_, b_, t_, rows_);
     for (int64_t j = blocks.first; j < blocks.last; ++j) {
@@ -82,12 +82,15 @@ class Tile {
         pack_block_of(f_, b_, h_ / (s.H / s.K), j, block_);
         block = block_;
       }
+      next_ = packed == nullptr || j + 1 == blocks.last ? nullptr : block + sizes_.block();
       visit(j * kKeys, count, kind, block);
     }
     finish(row);
   }
 
  private:
+  Running running(int64_t r) { return {high_ + r, total_ + r * kLanes}; }
+
   // Columns that the rows r .. r + rows - 1 may see, in whole panels.
   Columns panels(int64_t r, int64_t rows) const {
     const Band& band = f_.rules.band;
@@ -121,10 +124,18 @@ class Tile {
         int64_t rows = least(kRows, rows_ - r);
         Columns whole = panels(r, rows);
         if (j < whole.first || j >= whole.last) continue;
+        fetch_next(sizes_.block() / 64);
         multiply(rows, kPanel, query_ + r * sizes_.query, sizes_.query,
                  keys + j * f_.shape.D, f_.shape.D, scores_ + r * kKeys + j, kKeys, false);
       }
     }
+  }
+
+  // Asks for a piece of the next block, so that it is near when its turn comes.
+  void fetch_next(int64_t count) {
+    if (next_ == nullptr) return;
+    for (int64_t i = 0; i < count; i += 16) __builtin_prefetch(next_ + i, 0, 2);
+    next_ += count;
   }
 
   void weigh_row(int64_t r, Columns whole, bool change) {
@@ -132,7 +143,7 @@ class Tile {
     int64_t position = position_ + r;
     Columns seen = seen_by(f_.rules.band, position, first_key_, count_);
     Exponents to = {change, change ? 1.0f : f_.rules.scale};
-    float shrink = weigh(scores, seen, whole, to, running_[r]);
+    float shrink = weigh(scores, seen, whole, to, running(r));
     if (shrink != 1) {
       float* out = out_ + r * sizes_.out;
       for (int64_t e = 0; e < sizes_.out; e += kLanes) {
@@ -159,15 +170,16 @@ class Tile {
     }
   }
 
-  void finish(int64_t row) {
+  void finish(int64_t first) {
     int64_t E = f_.shape.E;
     for (int64_t r = 0; r < rows_; ++r) {
-      float total = running_[r].sum(), share = total == 0 ? 0.0f : 1 / total;
+      Ended row = running(r).end();
+      float total = row.sum(), share = total == 0 ? 0.0f : 1 / total;
       for (int64_t e = 0; e < E; e += kLanes) {
         F32 x = load(out_ + r * sizes_.out + e) * share;
-        store_some(f_.type, f_.out, (row + r) * E + e, x, E - e);
+        store_some(f_.type, f_.out, (first + r) * E + e, x, E - e);
       }
-      f_.lse[row + r] = running_[r].log_sum_exp();
+      f_.lse[first + r] = row.log_sum_exp();
     }
   }
 
@@ -177,13 +189,16 @@ class Tile {
   float *block_, *query_, *out_, *scores_;
   Changes changes_;
   Dropping dropping_;
-  Running running_[kQueries];
+  const float* next_ = nullptr;
+  float high_[kQueries];
+  alignas(64) float total_[kQueries * kLanes];
 };
 
 // One way to compute: what is packed, and a tile of the output.
 struct Float32 {
   typedef float Packed;
   typedef Tile OneTile;
+  static constexpr int64_t kRowsOfTask = kQueries;
   static int64_t block(const Shape& shape) { return Sizes(shape).block(); }
   static constexpr auto pack = pack_block_of;
 };
@@ -192,6 +207,7 @@ struct Float32 {
 struct AmxBf16 {
   typedef Bf16 Packed;
   typedef AmxTile OneTile;
+  static constexpr int64_t kRowsOfTask = kAmxQueries;
   static int64_t block(const Shape& shape) { return AmxSizes(shape).block(); }
   static constexpr auto pack = pack_block_amx_of;
 };
@@ -204,11 +220,11 @@ template <typename Way>
 static void run_tiles(const Forward& f, const Parallel& parallel, int64_t first,
                       int64_t count, const typename Way::Packed* packed) {
   const Shape& s = f.shape;
-  int64_t tiles = (s.T + kQueries - 1) / kQueries, group = s.H / s.K;
+  int64_t rows = Way::kRowsOfTask, tiles = (s.T + rows - 1) / rows, group = s.H / s.K;
   int64_t stride = (s.S + kKeys - 1) / kKeys * Way::block(s);
   parallel.each(tiles * count * group, [&](int64_t n) {
     NoDenormals fast;
-    int64_t t = (tiles - 1 - n / (count * group)) * kQueries, head = n % (count * group);
+    int64_t t = (tiles - 1 - n / (count * group)) * rows, head = n % (count * group);
     int64_t kv = first + head / group, b = kv / s.K;
     int64_t h = kv % s.K * group + head % group;
     Buffer memory(Way::OneTile::bytes(f));

@@ -82,14 +82,14 @@ static inline F32 load_some(Type type, const void* from, int64_t at, int64_t cou
 
 // The first `count` of the numbers to entry `at` and on.
 static inline void store_some(Type type, void* to, int64_t at, F32 x, int64_t count) {
-  int64_t size = bytes_of(type), n = count < kLanes ? count : kLanes;
-  void* place = static_cast<char*>(to) + at * size;
+  int64_t size = bytes_of(type);
+  char* place = static_cast<char*>(to) + at * size;
   if (type == Type::kF32) {
-    memcpy(place, &x, n * size);
+    memcpy(place, &x, count >= kLanes ? sizeof x : count * size);
     return;
   }
   U16 y = type == Type::kBF16 ? to_bf16(x) : to_f16(x);
-  memcpy(place, &y, n * size);
+  memcpy(place, &y, count >= kLanes ? sizeof y : count * size);
 }
 
 }  // namespace RAPTAX_ISA

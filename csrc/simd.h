@@ -84,21 +84,35 @@ static inline F32 between(int64_t first, int64_t last, F32 inside, F32 outside) 
 #endif
 }
 
+#if defined(__AVX512F__)
+static inline float sum_of(F32 x) { return _mm512_reduce_add_ps((__m512)x); }
+static inline float largest_of(F32 x) { return _mm512_reduce_max_ps((__m512)x); }
+static inline bool any_above(F32 x, F32 limit) {
+  return _mm512_cmp_ps_mask((__m512)x, (__m512)limit, _CMP_GT_OQ) != 0;
+}
+#else
 static inline float sum_of(F32 x) {
-  float sum = 0;
   for (int half = kLanes / 2; half > 0; half /= 2) {
     for (int i = 0; i < half; ++i) x[i] += x[i + half];
   }
-  sum = x[0];
-  return sum;
+  return x[0];
 }
-
 static inline float largest_of(F32 x) {
   for (int half = kLanes / 2; half > 0; half /= 2) {
     for (int i = 0; i < half; ++i) x[i] = x[i + half] > x[i] ? x[i + half] : x[i];
   }
   return x[0];
 }
+static inline bool any_above(F32 x, F32 limit) {
+#if defined(__AVX2__)
+  return _mm256_movemask_ps((__m256)(x > limit)) != 0;
+#else
+  bool any = false;
+  for (int i = 0; i < kLanes; ++i) any |= x[i] > limit[i];
+  return any;
+#endif
+}
+#endif
 
 // 2^x to within 1.6e-7; exactly 0 from -150 down, NaN for NaN. x is at most 127.
 static inline F32 exp2_of(F32 x) {

@@ -50,16 +50,9 @@ static inline F32 exponent(F32 x, F32 unit, F32 high) {
   return kChanged ? (x - high) * unit : x * unit - high;
 }
 
-// What a row of the softmax knows: weights are exp(score - high), and add up to total.
-struct Running {
-  float high = -kInf;
-  float total = 0;
-
-  // A row starts with its sink, a key whose value is 0.
-  void begin(const float* sink) {
-    high = sink == nullptr ? -kInf : *sink;
-    total = high == -kInf ? 0.0f : 1.0f;
-  }
+// How a row of the softmax ends: weights are exp(score - high), and add up to total.
+struct Ended {
+  float high, total;
 
   // high - high is NaN where a score was infinite, as the quotient would be.
   float sum() const { return total == 0 ? 0.0f : total + (high - high); }
@@ -68,10 +61,27 @@ struct Running {
   }
 };
 
-static inline F32 largest_in(const float* scores, Columns seen) {
+// What it knows on the way: the lanes of total add up to `one` for every weight of 1.
+struct Running {
+  float* high;
+  float* total;  // kLanes of them
+  float one = 1;
+
+  // A row starts with its sink, a key whose value is 0.
+  void begin(const float* sink) {
+    *high = sink == nullptr ? -kInf : *sink;
+    store(total, F32{});
+    total[0] = *high == -kInf ? 0.0f : one;
+  }
+  Ended end() const { return {*high, sum_of(load(total)) / one}; }
+};
+
+template <bool kCut>
+static inline F32 largest_in(const float* scores, Columns seen, Columns whole) {
   F32 most = all(-kInf);
-  for (int64_t j = seen.first / kLanes * kLanes; j < seen.last; j += kLanes) {
-    F32 x = between(seen.first - j, seen.last - j, load(scores + j), all(-kInf));
+  for (int64_t j = whole.first; j < whole.last; j += kLanes) {
+    F32 x = load(scores + j);
+    if (kCut) x = between(seen.first - j, seen.last - j, x, all(-kInf));
     most = larger(x, most);  // passes over NaN
   }
   return most;
@@ -86,24 +96,27 @@ static inline bool any_nan(const float* scores, Columns seen) {
 
 // Finds out whether the maximum has to follow, and returns what the sums so far have to be
 // multiplied with.
-static inline float follow(const float* scores, Columns seen, Exponents to, float& high) {
-  float now = seen.empty() ? -kInf : largest_of(largest_in(scores, seen)) * to.scale;
+template <bool kCut>
+static inline float follow(const float* scores, Columns seen, Columns whole, Exponents to,
+                           float& high) {
+  F32 most = largest_in<kCut>(scores, seen, whole) * to.scale;
   if (high == -kInf) {  // and the sums are 0
+    float now = largest_of(most);
     high = now == -kInf && any_nan(scores, seen) ? 0.0f : now;
     return 1;
   }
-  if (!(now > high + kSlack)) return 1;
-  float shrink = to.shrink(high, now);
+  if (!any_above(most, all(high + kSlack))) return 1;
+  float now = largest_of(most), shrink = to.shrink(high, now);
   high = now;
   return shrink;
 }
 
-template <bool kChanged>
+template <bool kChanged, bool kCut>
 static inline F32 weigh_as(float* scores, Columns seen, Columns whole, F32 unit, F32 high) {
   F32 sum = F32{};
   for (int64_t j = whole.first; j < whole.last; j += kLanes) {
     F32 x = exponent<kChanged>(load(scores + j), unit, high);
-    x = between(seen.first - j, seen.last - j, x, all(-kInf));
+    if (kCut) x = between(seen.first - j, seen.last - j, x, all(-kInf));
     F32 weight = exp2_of(x);
     sum += weight;
     store(scores + j, weight);
@@ -111,20 +124,28 @@ static inline F32 weigh_as(float* scores, Columns seen, Columns whole, F32 unit,
   return sum;
 }
 
-// Takes in scores[seen]. Overwrites the columns `whole`, which are full vectors, with
-// weights; those outside of `seen` are 0. Returns what the output so far has to be
-// multiplied with.
-static float weigh(float* scores, Columns seen, Columns whole, Exponents to, Running& row) {
-  float shrink = follow(scores, seen, to, row.high);
-  if (row.high == -kInf) {
+template <bool kCut>
+static float weigh_by(float* scores, Columns seen, Columns whole, Exponents to,
+                      Running row) {
+  float shrink = follow<kCut>(scores, seen, whole, to, *row.high);
+  if (*row.high == -kInf) {
     for (int64_t j = whole.first; j < whole.last; j += kLanes) store(scores + j, F32{});
     return 1;
   }
-  F32 unit = all(to.scale * kLog2OfE), high = all(to.high_of(row.high));
-  F32 sum = to.changed ? weigh_as<true>(scores, seen, whole, unit, high)
-                       : weigh_as<false>(scores, seen, whole, unit, high);
-  row.total = row.total * shrink + sum_of(sum);
+  F32 unit = all(to.scale * kLog2OfE), high = all(to.high_of(*row.high));
+  F32 sum = to.changed ? weigh_as<true, kCut>(scores, seen, whole, unit, high)
+                       : weigh_as<false, kCut>(scores, seen, whole, unit, high);
+  store(row.total, load(row.total) * shrink + sum);
   return shrink;
+}
+
+// Takes in scores[seen]. Overwrites the columns `whole`, which are full vectors, with
+// weights; those outside of `seen` are 0. Returns what the output so far has to be
+// multiplied with.
+static float weigh(float* scores, Columns seen, Columns whole, Exponents to, Running row) {
+  bool cut = seen.first > whole.first || seen.last < whole.last;
+  return cut ? weigh_by<true>(scores, seen, whole, to, row)
+             : weigh_by<false>(scores, seen, whole, to, row);
 }
 
 // Dropout by a hash of the place: see dropout.py.
