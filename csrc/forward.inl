@@ -82,7 +82,8 @@ class Tile {
         pack_block_of(f_, b_, h_ / (s.H / s.K), j, block_);
         block = block_;
       }
-      next_ = packed == nullptr || j + 1 == blocks.last ? nullptr : block + sizes_.block();
+      next_ = block + sizes_.block();
+      unfetched_ = packed == nullptr || j + 1 == blocks.last ? 0 : sizes_.block();
       visit(j * kKeys, count, kind, block);
     }
     finish(row);
@@ -133,9 +134,10 @@ class Tile {
 
   // Asks for a piece of the next block, so that it is near when its turn comes.
   void fetch_next(int64_t count) {
-    if (next_ == nullptr) return;
+    count = least(count, unfetched_);
     for (int64_t i = 0; i < count; i += 16) __builtin_prefetch(next_ + i, 0, 2);
     next_ += count;
+    unfetched_ -= count;
   }
 
   void weigh_row(int64_t r, Columns whole, bool change) {
@@ -189,7 +191,8 @@ class Tile {
   float *block_, *query_, *out_, *scores_;
   Changes changes_;
   Dropping dropping_;
-  const float* next_ = nullptr;
+  const float* next_ = nullptr;  // numbers of the next block that nobody asked for
+  int64_t unfetched_ = 0;
   float high_[kQueries];
   alignas(64) float total_[kQueries * kLanes];
 };
