@@ -315,7 +315,8 @@ def test_shards_add_up(stacked):
 def test_replicas():
     layer = build(sharding_strategy=ShardingStrategy.replicate(2))
     assert layer.sharding_strategy.is_replicate
-    for copy, device in zip(layer.shard(jax.devices()), jax.devices(), strict=True):
+    devices = jax.devices()[:2]
+    for copy, device in zip(layer.shard(devices), devices, strict=True):
         assert copy.wqkv.devices() == {device}
         np.testing.assert_array_equal(copy.wqkv, layer.wqkv)
 

@@ -411,14 +411,24 @@ def test_names_become_mesh_axes():
     assert spec(("activation_kv_heads",), (4,)) == P("tensor")
 
 
-@pytest.mark.parametrize("fused", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_heads_spread_over_devices_compute_the_same(fused):
-    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("tensor",))
-    config = dict(logical_axis_rules=RULES, fused_qkv=fused)
-    alone, spread = build(config=config), build(config=config, mesh=mesh)
+@pytest.mark.parametrize(
+    ("fused", "devices"),
+    [
+        (True, 2),
+        pytest.param(True, 4, marks=pytest.mark.slow),
+        pytest.param(False, 2, marks=pytest.mark.slow),
+        pytest.param(False, 4, marks=pytest.mark.slow),
+    ],
+)
+def test_heads_spread_over_devices_compute_the_same(fused, devices):
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:devices]), ("tensor",))
+    options = dict(
+        num_kv_heads=devices, config=dict(logical_axis_rules=RULES, fused_qkv=fused)
+    )
+    alone, spread = build(**options), build(**options, mesh=mesh)
     kernel = (spread.qkv_proj if fused else spread.query).kernel[...]
-    assert len(kernel.sharding.device_set) == 2
-    assert kernel.addressable_shards[0].data.shape[1] == kernel.shape[1] // 2
+    assert len(kernel.sharding.device_set) == devices
+    assert kernel.addressable_shards[0].data.shape[1] == kernel.shape[1] // devices
     x = batch()
     run = nnx.jit(lambda m, x: m(x)[0])
     expected = run(alone, x)
