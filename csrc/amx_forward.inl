@@ -1,4 +1,5 @@
-// The forward pass in bfloat16 on a machine with matrix tiles (AMX).
+// The forward pass on a machine with matrix tiles (AMX), of bfloat16 numbers or of numbers
+// in three bfloat16 parts: see amx_pack.inl.
 //
 // The rows of one task and one block of keys make units, which go through three stages:
 // scores = queries keys^T, their softmax, and output += weights values. While the vector
@@ -17,40 +18,46 @@ namespace RAPTAX_ISA {
 constexpr int64_t kAmxQueries = 256;             // query rows of a task
 constexpr int64_t kUnit = 64;                    // query rows of a unit
 constexpr int64_t kGroup = 32;                   // rows of a tile product
-constexpr int64_t kScoreStride = kKeys + kLanes;  // not a power of 2: see cache sets
+constexpr int64_t kScoreStride = kKeys + kLanes; // not a power of 2: see cache sets
 
 // Sizes in numbers of what is packed.
+template <int kParts>
 struct AmxSizes {
   int64_t D, E;  // rounded up
 
   explicit AmxSizes(const Shape& shape)
       : D(rounded_up(shape.D, kStep)), E(rounded_up(shape.E, kStep)) {}
 
-  int64_t keys() const { return kKeys * D; }
-  int64_t block() const { return kKeys * (D + E); }
+  int64_t keys() const { return kKeys * kParts * D; }
+  int64_t block() const { return kKeys * kParts * (D + E); }
+  int64_t query() const { return kParts * D; }
   int64_t out_stride() const { return E + kLanes; }
 };
 
+template <int kParts>
 static void pack_block_amx_of(const Forward& f, int64_t b, int64_t kv, int64_t block,
                               Bf16* packed) {
   const Shape& s = f.shape;
   int64_t row = (b * s.K + kv) * s.S + block * kKeys;
-  pack_block_amx(static_cast<const Bf16*>(f.key) + row * s.D, s.D,
-                 static_cast<const Bf16*>(f.value) + row * s.E, s.E,
-                 least(kKeys, s.S - block * kKeys), packed, packed + AmxSizes(s).keys());
+  pack_block_amx<kParts>({f.type, f.key, row * s.D, s.D}, {f.type, f.value, row * s.E, s.E},
+                         least(kKeys, s.S - block * kKeys), packed,
+                         packed + AmxSizes<kParts>(s).keys());
 }
 
 // kAmxQueries rows of one head. Its memory: see bytes().
+template <int kParts>
 class AmxTile {
+  typedef AmxSizes<kParts> Sizes;
+
  public:
   static size_t bytes(const Forward& f) {
-    AmxSizes sizes(f.shape);
-    size_t bytes = 2 * sizes.block() * sizeof(Bf16);               // when not packed before
-    bytes += kAmxQueries * sizes.D * sizeof(Bf16);                    // query_
-    bytes += kAmxQueries * sizes.out_stride() * sizeof(float);        // out_
-    bytes += 2 * kUnit * kScoreStride * sizeof(float);             // scores_
-    bytes += 2 * kUnit * kKeys * sizeof(Bf16);                     // weights_
-    bytes += kAmxQueries * (kLanes + 2) * sizeof(float);              // total_, high_, shrink_
+    Sizes sizes(f.shape);
+    size_t bytes = kOwnBlocks * sizes.block() * sizeof(Bf16);     // when not packed before
+    bytes += kAmxQueries * sizes.query() * sizeof(Bf16);          // query_
+    bytes += kAmxQueries * sizes.out_stride() * sizeof(float);    // out_
+    bytes += 2 * kUnit * kScoreStride * sizeof(float);            // scores_
+    bytes += 2 * kUnit * kParts * kKeys * sizeof(Bf16);           // weights_
+    bytes += kAmxQueries * (kLanes + 2) * sizeof(float);          // total_, high_, shrink_
     bytes += rounded_up(product_count(sizes) * sizeof(TileProduct), 64);
     return bytes + Changes::bytes(f.rules);
   }
@@ -63,11 +70,11 @@ class AmxTile {
         t_(t),
         rows_(least(kAmxQueries, f.shape.T - t)),
         position_(f.rules.first(b) + t),
-        block_(take<Bf16>(&memory, 2 * sizes_.block())),
-        query_(take<Bf16>(&memory, kAmxQueries * sizes_.D)),
+        block_(take<Bf16>(&memory, kOwnBlocks * sizes_.block())),
+        query_(take<Bf16>(&memory, kAmxQueries * sizes_.query())),
         out_(take<float>(&memory, kAmxQueries * sizes_.out_stride())),
         scores_(take<float>(&memory, 2 * kUnit * kScoreStride)),
-        weights_(take<Bf16>(&memory, 2 * kUnit * kKeys)),
+        weights_(take<Bf16>(&memory, 2 * kUnit * kParts * kKeys)),
         total_(take<float>(&memory, kAmxQueries * kLanes)),
         high_(take<float>(&memory, kAmxQueries)),
         shrink_(take<float>(&memory, kAmxQueries)),
@@ -83,7 +90,7 @@ class AmxTile {
       if (before.rows != 0) queue_values(before);
       if (next.rows != 0) queue_keys(next);
       if (now.rows != 0) weigh(now);
-      queue_.advance(queue_.steps());
+      queue_.finish();
       if (now.rows != 0) shrink(now);
       before = now;
       now = next;
@@ -111,16 +118,16 @@ class AmxTile {
     *memory += rounded_up(count * sizeof(T), 64);
     return taken;
   }
-  static int64_t product_count(const AmxSizes& sizes) {
+  static int64_t product_count(const Sizes& sizes) {
     return kUnit / kGroup * (kKeys / kStep + sizes.E / kStep);
   }
 
   void begin() {
     const Shape& s = f_.shape;
-    const Bf16* query = static_cast<const Bf16*>(f_.query);
-    query += ((b_ * s.H + h_) * s.T + t_) * s.D;
+    int64_t row = (b_ * s.H + h_) * s.T + t_;
     for (int64_t r = 0; r < rows_; r += 16) {
-      pack_left(query + r * s.D, least(16, rows_ - r), s.D, query_ + r * sizes_.D);
+      pack_left<kParts>({f_.type, f_.query, (row + r) * s.D, s.D}, least(16, rows_ - r),
+                        query_ + r * sizes_.query());
     }
     const float* sink = f_.rules.sinks == nullptr ? nullptr : f_.rules.sinks + h_;
     for (int64_t r = 0; r < rows_; ++r) running(r).begin(sink);
@@ -128,7 +135,7 @@ class AmxTile {
     blocks_ = blocks_seen(f_, b_, t_, rows_);
   }
 
-  Running running(int64_t r) { return {high_ + r, total_ + r * kLanes, kRaised}; }
+  Running running(int64_t r) { return {high_ + r, total_ + r * kLanes, kOne}; }
 
   Unit first_unit(const Bf16* packed) { return unit_from(blocks_.first, 0, 0, packed); }
   Unit next_unit(const Unit& unit, const Bf16* packed) {
@@ -152,10 +159,10 @@ class AmxTile {
 
   const Bf16* packed_block(int64_t block, const Bf16* packed) {
     if (packed != nullptr) return packed + block * sizes_.block();
-    // Products with the block before may still be under way.
-    Bf16* own = block_ + block % 2 * sizes_.block();
+    // Values of the block before the last one are still to be multiplied.
+    Bf16* own = block_ + block % kOwnBlocks * sizes_.block();
     if (block != packed_here_) {
-      pack_block_amx_of(f_, b_, h_ / (f_.shape.H / f_.shape.K), block, own);
+      pack_block_amx_of<kParts>(f_, b_, h_ / (f_.shape.H / f_.shape.K), block, own);
     }
     packed_here_ = block;
     return own;
@@ -176,36 +183,37 @@ class AmxTile {
   float* scores(const Unit& unit, int64_t row) {
     return scores_ + (unit.side * kUnit + row) * kScoreStride;
   }
-  // Weights of 16 rows are kKeys / kStep tiles.
+  // Weights of 16 rows are kKeys / kStep tiles, times kParts.
   Bf16* weights(const Unit& unit, int64_t row) {
-    return weights_ + (unit.side * kUnit + row / 16 * 16) * kKeys + row % 16 * kStep;
+    int64_t group = (unit.side * kUnit + row) / 16;
+    return weights_ + group * 16 * kParts * kKeys + row % 16 * kStep;
   }
 
   void queue_keys(const Unit& unit) {
-    int64_t steps = sizes_.D / kStep;
+    int64_t steps = sizes_.D / kStep, second = steps * kParts * kTileBytes;
     for (int64_t j = 0; j < unit.count; j += kStep) {
       for (int64_t g = 0; g < unit.rows; g += kGroup) {
         Columns whole = panels(unit, unit.row + g, rows_of(unit, g));
         if (j < whole.first || j >= whole.last) continue;
-        const Bf16* a = query_ + (unit.row + g) * sizes_.D;
-        const Bf16* b = unit.packed + j * sizes_.D;
-        queue_.push({bytes_at(a), steps * kTileBytes, bytes_at(b), steps * kTileBytes, steps,
-                     scores(unit, g) + j, kScoreStride * 4, false});
+        const Bf16* a = query_ + (unit.row + g) * sizes_.query();
+        const Bf16* b = unit.packed + j * kParts * sizes_.D;
+        queue_.push({bytes_at(a), second, bytes_at(b), second, steps, scores(unit, g) + j,
+                     kScoreStride * 4, false});
       }
     }
   }
 
   void queue_values(const Unit& unit) {
-    constexpr int64_t kSteps = kKeys / kStep;
+    constexpr int64_t kSecond = kKeys / kStep * kParts * kTileBytes;
     const Bf16* values = unit.packed + sizes_.keys();
     for (int64_t e = 0; e < sizes_.E; e += kStep) {
       for (int64_t g = 0; g < unit.rows; g += kGroup) {
         Columns whole = panels(unit, unit.row + g, rows_of(unit, g));
         if (whole.empty()) continue;
-        int64_t skipped = whole.first / kStep * kTileNumbers;
+        int64_t skipped = whole.first / kStep * kParts * kTileNumbers;
         const Bf16* a = weights(unit, g) + skipped;
-        const Bf16* b = values + e * kKeys + skipped;
-        queue_.push({bytes_at(a), kSteps * kTileBytes, bytes_at(b), kSteps * kTileBytes,
+        const Bf16* b = values + e * kParts * kKeys + skipped;
+        queue_.push({bytes_at(a), kSecond, bytes_at(b), kSecond,
                      (whole.last - whole.first) / kStep,
                      out_ + (unit.row + g) * sizes_.out_stride() + e,
                      sizes_.out_stride() * 4, true});
@@ -217,7 +225,7 @@ class AmxTile {
   // The softmax of a unit, with the queued products in between.
   void weigh(const Unit& unit) {
     bool change = changes_.keys(unit.first_key(), unit.count, unit.kind);
-    int64_t steps = queue_.steps(), done = 0;
+    Beside<kParts> beside(&queue_, portions(unit));
     for (int64_t g = 0; g < unit.rows; g += kGroup) {
       Columns whole = panels(unit, unit.row + g, rows_of(unit, g));
       int64_t last = g + rows_of(unit, g);
@@ -227,23 +235,33 @@ class AmxTile {
           changes_.change(t_ + row, position_ + row, least(8, last - r), scores(unit, r),
                           kScoreStride, whole);
         }
-        if (!whole.empty()) weigh_row(unit, r, whole, change);
-        int64_t due = steps * (r + 1) / unit.rows;
-        queue_.advance(due - done);
-        done = due;
+        if (!whole.empty()) weigh_row(unit, r, whole, change, &beside);
       }
     }
   }
 
-  void weigh_row(const Unit& unit, int64_t r, Columns whole, bool change) {
+  // Of kStep columns of a row.
+  int64_t portions(const Unit& unit) const {
+    int64_t count = 0;
+    for (int64_t g = 0; g < unit.rows; g += kGroup) {
+      Columns whole = panels(unit, unit.row + g, rows_of(unit, g));
+      count += rows_of(unit, g) * (whole.last - whole.first) / kStep;
+    }
+    return count;
+  }
+
+  void weigh_row(const Unit& unit, int64_t r, Columns whole, bool change,
+                 Beside<kParts>* beside) {
     int64_t row = unit.row + r, position = position_ + row;
     float* from = scores(unit, r);
     Columns seen = seen_by(f_.rules.band, position, unit.first_key(), unit.count);
     Exponents how = {change, change ? 1.0f : f_.rules.scale};
     Bf16* to = weights(unit, r);
     shrink_[row] = 1;
-    if (high_[row] > -kInf && weigh_known(from, to, seen, whole, how, running(row))) return;
-    shrink_[row] = weigh_some(from, to, seen, whole, how, running(row));
+    bool known = high_[row] > -kInf &&
+                 weigh_known<kParts>(from, to, seen, whole, how, running(row), beside);
+    if (known) return;
+    shrink_[row] = weigh_some<kParts>(from, to, seen, whole, how, running(row), beside);
   }
 
   // The output so far follows the maximum. Not before all products of it are done.
@@ -266,25 +284,28 @@ class AmxTile {
     for (int64_t r = 0; r < rows_; ++r) {
       Ended row = running(r).end();
       float total = row.sum(), share = total == 0 ? 0.0f : 1 / total;
-      // Weights are too large by kRaised and cut off; so they are right as they are.
+      // Weights that are too large by kOne are cut off; so they are right as they are.
       for (int64_t e = 0; e < s.E; e += kLanes) {
         F32 x = load(out_ + r * sizes_.out_stride() + e) * share;
-        store_some(Type::kBF16, f_.out, (first + r) * s.E + e, x, s.E - e);
+        store_some(f_.type, f_.out, (first + r) * s.E + e, x, s.E - e);
       }
       f_.lse[first + r] = row.log_sum_exp();
     }
   }
 
+  static constexpr int64_t kOwnBlocks = 3;
+  static constexpr float kOne = kParts == 1 ? kRaised : 1;
+
   TileUnit tiles_;
   const Forward& f_;
-  AmxSizes sizes_;
+  Sizes sizes_;
   int64_t b_, h_, t_, rows_, position_, packed_here_ = -1;
   Blocks blocks_{0, 0};
   Bf16 *block_, *query_;
   float *out_, *scores_;
   Bf16* weights_;
   float *total_, *high_, *shrink_;
-  TileQueue queue_;
+  TileQueue<kParts> queue_;
   Changes changes_;
 };
 

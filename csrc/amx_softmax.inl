@@ -1,13 +1,13 @@
-// The softmax of softmax.inl with weights in bfloat16, as left operands of tile products.
+// The softmax of softmax.inl with weights as left operands of tile products.
 //
-// Weights are made a little too large and then cut off instead of rounded, so that on
-// average nothing is lost; the sum is of the same numbers. It is also the guard: as long
-// as it is not too large no score was far above the maximum so far, and nobody looks for
-// the new one.
+// Weights in bfloat16 are made a little too large and then cut off instead of rounded, so
+// that on average nothing is lost. The sum of the weights is also the guard: as long as it
+// is not too large no score was far above the maximum so far, and nobody looks for the new
+// one.
 
 #pragma once
 
-#include "amx_pack.inl"
+#include "amx_products.inl"
 #include "softmax.inl"
 
 namespace raptax {
@@ -25,17 +25,30 @@ static inline F32 exp2_raised(F32 x) {
   return (F32)_mm512_scalef_ps((__m512)y, (__m512)x);
 }
 
-static inline void store_weights(Bf16* to, F32 first, F32 second) {
-  __m512i low = _mm512_srli_epi32((__m512i)first, 16);
-  __m512i both = _mm512_mask_blend_epi16(0xaaaaaaaau, low, (__m512i)second);
-  memcpy(to, &both, sizeof both);
+template <int kParts>
+static inline F32 weight_of(F32 x) {
+  return kParts == 1 ? exp2_raised(x) : exp2_of(x);
+}
+
+// Columns j .. j + 31 of a row of weights.
+template <int kParts>
+static inline void store_weights(Bf16* row, int64_t j, F32 first, F32 second) {
+  Pairs parts[kParts];
+  if (kParts == 1) {
+    parts[0] = upper_halves(first, second);
+  } else {
+    split(first, second, parts);
+  }
+  Bf16* to = row + j / kStep * kParts * kTileNumbers;
+  for (int p = 0; p < kParts; ++p) memcpy(to + p * kTileNumbers, parts + p, 64);
 }
 
 // Weighs scores[whole] by a maximum that is known; unless `kCut`, all of them are seen.
 // Returns false, and leaves the sum alone, if some score is far above it.
-template <bool kChanged, bool kCut>
-static inline bool weigh_known(const float* scores, Bf16* weights, Columns seen,
-                               Columns whole, Exponents to, Running row) {
+template <int kParts, bool kChanged, bool kCut>
+static inline bool weigh_known_by(const float* scores, Bf16* weights, Columns seen,
+                                  Columns whole, Exponents to, Running row,
+                                  Beside<kParts>* beside) {
   F32 first = F32{}, second = F32{}, nothing = all(-kInf);
   F32 unit = all(to.scale * kLog2OfE), high = all(to.high_of(*row.high));
   for (int64_t j = whole.first; j < whole.last; j += kStep) {
@@ -45,11 +58,12 @@ static inline bool weigh_known(const float* scores, Bf16* weights, Columns seen,
       x = between(seen.first - j, seen.last - j, x, nothing);
       y = between(seen.first - j - kLanes, seen.last - j - kLanes, y, nothing);
     }
-    x = exp2_raised(x);
-    y = exp2_raised(y);
+    x = weight_of<kParts>(x);
+    y = weight_of<kParts>(y);
     first += x;
     second += y;
-    store_weights(weights + j / kStep * kTileNumbers, x, y);
+    store_weights<kParts>(weights, j, x, y);
+    beside->portion();
   }
   first += second;
   __mmask16 much = _mm512_cmp_ps_mask((__m512)first, _mm512_set1_ps(kMuch), _CMP_GT_OQ);
@@ -58,20 +72,23 @@ static inline bool weigh_known(const float* scores, Bf16* weights, Columns seen,
   return true;
 }
 
+template <int kParts>
 static inline bool weigh_known(const float* scores, Bf16* weights, Columns seen,
-                               Columns whole, Exponents to, Running row) {
+                               Columns whole, Exponents to, Running row,
+                               Beside<kParts>* beside) {
   bool cut = seen.first > whole.first || seen.last < whole.last;
   if (to.changed) {
-    return cut ? weigh_known<true, true>(scores, weights, seen, whole, to, row)
-               : weigh_known<true, false>(scores, weights, seen, whole, to, row);
+    return cut ? weigh_known_by<kParts, true, true>(scores, weights, seen, whole, to, row, beside)
+               : weigh_known_by<kParts, true, false>(scores, weights, seen, whole, to, row, beside);
   }
-  return cut ? weigh_known<false, true>(scores, weights, seen, whole, to, row)
-             : weigh_known<false, false>(scores, weights, seen, whole, to, row);
+  return cut ? weigh_known_by<kParts, false, true>(scores, weights, seen, whole, to, row, beside)
+             : weigh_known_by<kParts, false, false>(scores, weights, seen, whole, to, row, beside);
 }
 
 // As weigh() of softmax.inl.
+template <int kParts>
 static float weigh_some(const float* scores, Bf16* weights, Columns seen, Columns whole,
-                        Exponents to, Running row) {
+                        Exponents to, Running row, Beside<kParts>* beside) {
   float shrink = follow<true>(scores, seen, whole, to, *row.high);
   bool none = *row.high == -kInf;
   F32 unit = all(to.scale * kLog2OfE), high = all(to.high_of(*row.high));
@@ -83,10 +100,11 @@ static float weigh_some(const float* scores, Bf16* weights, Columns seen, Column
       F32 score = load(scores + at);
       x[i] = to.changed ? exponent<true>(score, unit, high)
                         : exponent<false>(score, unit, high);
-      x[i] = exp2_raised(between(seen.first - at, seen.last - at, x[i], nothing));
+      x[i] = weight_of<kParts>(between(seen.first - at, seen.last - at, x[i], nothing));
       sum += x[i];
     }
-    store_weights(weights + j / kStep * kTileNumbers, x[0], x[1]);
+    store_weights<kParts>(weights, j, x[0], x[1]);
+    beside->portion();
   }
   store(row.total, sum);
   return shrink;

@@ -1,4 +1,5 @@
-// The forward pass in float32: FlashAttention-2's two loops (Dao 2023, arXiv:2307.08691).
+// The forward pass: FlashAttention-2's two loops (Dao 2023, arXiv:2307.08691), here in
+// float32 on vector units; amx_forward.inl has the other way.
 //
 // One task is some query rows of one head; it visits the keys block by block. Keys
 // and values are packed once per kv head for all tasks that read them where that takes
@@ -207,12 +208,13 @@ struct Float32 {
 };
 
 #if defined(__AMX_BF16__)
-struct AmxBf16 {
+template <int kParts>
+struct Amx {
   typedef Bf16 Packed;
-  typedef AmxTile OneTile;
+  typedef AmxTile<kParts> OneTile;
   static constexpr int64_t kRowsOfTask = kAmxQueries;
-  static int64_t block(const Shape& shape) { return AmxSizes(shape).block(); }
-  static constexpr auto pack = pack_block_amx_of;
+  static int64_t block(const Shape& shape) { return AmxSizes<kParts>(shape).block(); }
+  static constexpr auto pack = pack_block_amx_of<kParts>;
 };
 #endif
 
@@ -263,9 +265,12 @@ static void forward_by(const Forward& f, const Parallel& parallel) {
 
 static void forward(const Forward& f, const Parallel& parallel) {
 #if defined(__AMX_BF16__)
-  if (f.type == Type::kBF16 && f.rules.dropout.words == nullptr) {
-    forward_by<AmxBf16>(f, parallel);
-    return;
+  if (f.rules.dropout.words == nullptr && f.type == Type::kBF16) {
+    return forward_by<Amx<1>>(f, parallel);
+  }
+  // Parts of float32 numbers have to be worth their packing.
+  if (f.rules.dropout.words == nullptr && f.shape.T >= 64 && f.shape.D >= 32) {
+    return forward_by<Amx<3>>(f, parallel);
   }
 #endif
   forward_by<Float32>(f, parallel);

@@ -1,5 +1,6 @@
 #include "memory.h"
 
+#include <cstddef>
 #include <cstdlib>
 #include <mutex>
 #include <new>
@@ -39,8 +40,7 @@ Buffer::Buffer(size_t bytes) : data_(nullptr), bytes_(rounded(bytes)) {
       data_ = blocks[best].data;
       bytes_ = blocks[best].bytes;
       kept -= bytes_;
-      blocks[best] = blocks.back();
-      blocks.pop_back();
+      blocks.erase(blocks.begin() + static_cast<std::ptrdiff_t>(best));
       return;
     }
   }
@@ -49,15 +49,19 @@ Buffer::Buffer(size_t bytes) : data_(nullptr), bytes_(rounded(bytes)) {
 }
 
 Buffer::~Buffer() {
-  {
-    std::lock_guard<std::mutex> lock(guard);
-    if (kept + bytes_ <= kKept) {
-      waiting().push_back({data_, bytes_});
-      kept += bytes_;
-      return;
-    }
+  if (bytes_ > kKept) {
+    std::free(data_);
+    return;
   }
-  std::free(data_);
+  std::lock_guard<std::mutex> lock(guard);
+  auto& blocks = waiting();
+  while (kept + bytes_ > kKept) {  // what waits longest goes first
+    std::free(blocks.front().data);
+    kept -= blocks.front().bytes;
+    blocks.erase(blocks.begin());
+  }
+  blocks.push_back({data_, bytes_});
+  kept += bytes_;
 }
 
 }  // namespace raptax

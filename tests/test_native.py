@@ -177,17 +177,35 @@ def test_threads_of_python_do_not_disturb_one_another():
             np.testing.assert_array_equal(out, alone)
 
 
-def test_keys_that_are_too_many_to_pack_at_once():
+@pytest.mark.parametrize("T", [3, 70])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_keys_that_are_too_many_to_pack_at_once(dtype, T):
     """Beyond 24 MB of keys and values each task packs for itself."""
-    B, H, S, D = 1, 1, 13000, 256
-    assert S * 2 * D * 4 > 24 << 20
-    q, k, v = Problem("long", B=B, H=H, K=1, T=3, S=S, D=D, E=D).arrays(jnp.float32)
+    S, D = 13000 * 4 // jnp.dtype(dtype).itemsize, 256
+    assert S * 2 * D * jnp.dtype(dtype).itemsize > 24 << 20
+    q, k, v = Problem("long", B=1, H=1, K=1, T=T, S=S, D=D, E=D).arrays(dtype)
+    exact = [x.astype(jnp.float32) for x in (q, k, v)]
     np.testing.assert_allclose(
-        native_attention(q, k, v, mask_mod=Causal()),
-        reference_attention(q, k, v, mask_mod=Causal()),
+        native_attention(q, k, v, mask_mod=Causal()).astype(jnp.float32),
+        reference_attention(*exact, mask_mod=Causal()),
         rtol=0,
-        atol=2e-6,
+        atol=2e-6 if dtype == jnp.float32 else 1e-3,
     )
+
+
+def test_float32_is_float32():
+    """Where it is computed by parts, as on AMX, nothing is lost, nor large numbers."""
+    arrays = Problem("long", H=2, K=2, T=300, S=300, D=64, E=64).arrays(jnp.float32)
+    with jax.enable_x64(True):
+        wide = (x.astype(jnp.float64) for x in arrays)
+        exact = np.asarray(reference_attention(*wide, mask_mod=Causal()))
+    error = np.abs(native_attention(*arrays, mask_mod=Causal()) - exact).max()
+    plain = np.abs(reference_attention(*arrays, mask_mod=Causal()) - exact).max()
+    assert error <= 2 * plain
+    q, k, v = arrays
+    large = v.at[:, :, 0].set(3.4e38)  # the largest bfloat16 number is smaller
+    out = native_attention(q, k, large, mask_mod=Causal())
+    np.testing.assert_allclose(out[:, :, 0], large[:, :, 0], rtol=1e-6)
 
 
 # -------------------------------------------------------------------------- through JAX
