@@ -1,4 +1,6 @@
-// The backward kernel's matrix products in bfloat16, on AMX's tiles.
+// The backward kernel's matrix products on AMX's tiles, of bfloat16 numbers or of numbers
+// in three bfloat16 parts: see amx_pack.inl. Here each part of an operand is a plane of its
+// own.
 //
 // A left operand has 32 numbers of a row in each row of its tile, a right one two numbers
 // of each of 16 columns. What the sum runs over goes in pairs of n and n + 16 of every 32,
@@ -12,12 +14,16 @@
 namespace raptax {
 namespace RAPTAX_ISA {
 
-// Two vectors rounded to bfloat16: `first` in the low halves, `second` in the high ones.
-static inline Pairs back_pairs(F32 first, F32 second) {
-  const __m512i half = _mm512_set1_epi32(0x8000);
-  __m512i low = _mm512_srli_epi32(_mm512_add_epi32((__m512i)first, half), 16);
-  __m512i high = _mm512_add_epi32((__m512i)second, half);
-  return (Pairs)_mm512_mask_blend_epi16(0xaaaaaaaau, low, high);
+// Two vectors in parts, `first` in the low halves, `second` in the high ones; one part is
+// rounded.
+template <int kParts>
+static inline void back_pairs(F32 first, F32 second, Pairs* parts) {
+  if (kParts == 1) {
+    const I32 half = all(int32_t{0x8000});
+    parts[0] = upper_halves(as_float(as_bits(first) + half), as_float(as_bits(second) + half));
+  } else {
+    split(first, second, parts);
+  }
 }
 
 // Zeros for what is not finite. Returns whether all is.
@@ -27,16 +33,39 @@ static inline bool back_scrub(Pairs* x) {
   *x = (Pairs)_mm512_maskz_mov_epi16(static_cast<__mmask32>(~bad), (__m512i)*x);
   return bad == 0;
 }
+static inline bool back_scrub(F32* x) {
+  I32 finite = back_finite(*x);
+  *x = finite ? *x : F32{};
+  return back_all(finite);
+}
 
-// A left operand: rows of `stride` numbers.
+// The operands of a product.
 struct BackTiles {
-  const Bf16* left;
+  const Bf16* left;       // rows of `stride` numbers
   int64_t stride;
+  int64_t left_part;      // numbers from one part to the next
   const Bf16* right;      // tiles of 16 columns, one for each step
   int64_t right_columns;  // numbers from there to the next 16 columns
+  int64_t right_part;     // numbers from one part to the next
 };
 
+static inline void back_load_left(const BackTiles& x, const Bf16* a) {
+  _tile_loadd(4, a, 2 * x.stride);
+  _tile_loadd(5, a + 16 * x.stride, 2 * x.stride);
+}
+static inline void back_load_right(const BackTiles& x, const Bf16* b) {
+  _tile_loadd(6, b, 64);
+  _tile_loadd(7, b + x.right_columns, 64);
+}
+static inline void back_multiply() {
+  _tile_dpbf16ps(0, 4, 6);
+  _tile_dpbf16ps(1, 4, 7);
+  _tile_dpbf16ps(2, 5, 6);
+  _tile_dpbf16ps(3, 5, 7);
+}
+
 // c (32 x 32) (+)= a b, over steps of 32.
+template <int kParts>
 static inline void back_tile_product(int64_t steps, const BackTiles& x, float* c,
                                      int64_t c_stride, bool add) {
   char* above = reinterpret_cast<char*>(c);
@@ -56,14 +85,23 @@ static inline void back_tile_product(int64_t steps, const BackTiles& x, float* c
   for (int64_t n = 0; n < steps; ++n) {
     const Bf16* a = x.left + n * kStep;
     const Bf16* b = x.right + n * kTileNumbers;
-    _tile_loadd(4, a, 2 * x.stride);
-    _tile_loadd(6, b, 64);
-    _tile_loadd(7, b + x.right_columns, 64);
-    _tile_loadd(5, a + 16 * x.stride, 2 * x.stride);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
+    back_load_right(x, b);
+    if (kParts == 3) {  // as TileQueue::multiply
+      back_load_left(x, a + 2 * x.left_part);
+      back_multiply();
+      back_load_left(x, a + x.left_part);
+      back_multiply();
+      back_load_right(x, b + x.right_part);
+      back_multiply();
+      back_load_left(x, a);
+      back_multiply();
+      back_load_right(x, b + 2 * x.right_part);
+      back_multiply();
+      back_load_right(x, b);
+    } else {
+      back_load_left(x, a);
+    }
+    back_multiply();
   }
   _tile_stored(0, above, pitch);
   _tile_stored(1, above + 64, pitch);
@@ -72,9 +110,12 @@ static inline void back_tile_product(int64_t steps, const BackTiles& x, float* c
 }
 
 // See BackFloat: the same verbs. dK and dV are summed up transposed.
+template <int kParts>
 class BackAmx {
  public:
-  static constexpr int64_t kQueries = 128, kKeys = 256, kUnit = 32;
+  static constexpr int64_t kQueries = kParts == 1 ? 128 : 64;
+  static constexpr int64_t kKeys = kParts == 1 ? 256 : 192;
+  static constexpr int64_t kUnit = 32;
 
   static size_t bytes(const Shape& shape) { return lay_out(shape, nullptr, nullptr); }
 
@@ -90,10 +131,10 @@ class BackAmx {
     const int64_t row = (b * shape_.K + kv) * shape_.S + key;
     poison_ = nullptr;
     const int64_t count = back_up(keys, kStep);
-    key_rows(f.key, row, keys, shape_.D, k_size_, room_);
+    key_rows({f.type, f.key, row * shape_.D, shape_.D}, keys, k_size_);
     columns(room_, count, k_size_, key_columns_);
     pairs(room_, count, k_size_, key_pairs_);
-    key_rows(f.value, row, keys, shape_.E, v_size_, room_);
+    key_rows({f.type, f.value, row * shape_.E, shape_.E}, keys, v_size_);
     columns(room_, count, v_size_, value_columns_);
     memset(d_key_, 0, sizeof(float) * kKeys * k_size_);
     memset(d_value_, 0, sizeof(float) * kKeys * v_size_);
@@ -106,11 +147,13 @@ class BackAmx {
     const int64_t first = (at.b * shape_.H + at.h) * shape_.T + at.row;
     rows_ = back_up(at.rows, kStep);
     bool good[kQueries];
-    rows_of(f.query, first, at.rows, shape_.D, k_size_, query_, good);
+    rows_of({f.type, f.query, first * shape_.D, shape_.D}, at.rows, k_size_, query_,
+            kQueries * k_size_, good);
     for (int64_t r = 0; r < at.rows; ++r) {
       if (!good[r]) shift[r] += __builtin_nanf("");
     }
-    rows_of(p_.d_out, first, at.rows, shape_.E, v_size_, d_out_, good);
+    rows_of({f.type, p_.d_out, first * shape_.E, shape_.E}, at.rows, v_size_, d_out_,
+            kQueries * v_size_, good);
     turned(query_, rows_, k_size_, query_turned_);
     turned(d_out_, rows_, v_size_, d_out_turned_);
   }
@@ -120,13 +163,15 @@ class BackAmx {
       const Strip seen = strips_[r / kStep] = scores->seen(r, r + kStep, kStep);
       barrier();
       for (int64_t c = seen.from; c < seen.to; c += kStep) {
-        const int64_t d = k_size_ * 16, e = v_size_ * 16;  // numbers of 16 columns
-        back_tile_product(k_size_ / kStep,
-                          {query_ + r * k_size_, k_size_, key_columns_ + c / 16 * d, d},
-                          scores_ + c, kKeys, false);
-        back_tile_product(v_size_ / kStep,
-                          {d_out_ + r * v_size_, v_size_, value_columns_ + c / 16 * e, e},
-                          slopes_ + c, kKeys, false);
+        const int64_t d = k_size_, e = v_size_;
+        back_tile_product<kParts>(d / kStep,
+                                  {query_ + r * d, d, kQueries * d, key_columns_ + c * d,
+                                   16 * d, kKeys * d},
+                                  scores_ + c, kKeys, false);
+        back_tile_product<kParts>(e / kStep,
+                                  {d_out_ + r * e, e, kQueries * e, value_columns_ + c * e,
+                                   16 * e, kKeys * e},
+                                  slopes_ + c, kKeys, false);
       }
       barrier();
       const int64_t end = at.rows < r + kStep ? at.rows : r + kStep;
@@ -148,16 +193,16 @@ class BackAmx {
       if (first == last) continue;
       const int64_t skip = c / 16 * kPanel + first * 16, steps = (last - first) / kStep;
       for (int64_t e = 0; e < v_size_; e += kStep) {
-        back_tile_product(steps,
-                          {d_out_turned_ + e * kQueries + first, kQueries,
-                           weight_pairs_ + skip, kPanel},
-                          d_value_ + e * kKeys + c, kKeys, true);
+        back_tile_product<kParts>(steps,
+                                  {d_out_turned_ + e * kQueries + first, kQueries,
+                                   kQueries * v_size_, weight_pairs_ + skip, kPanel, kScores},
+                                  d_value_ + e * kKeys + c, kKeys, true);
       }
       for (int64_t d = 0; d < k_size_; d += kStep) {
-        back_tile_product(steps,
-                          {query_turned_ + d * kQueries + first, kQueries,
-                           slope_pairs_ + skip, kPanel},
-                          d_key_ + d * kKeys + c, kKeys, true);
+        back_tile_product<kParts>(steps,
+                                  {query_turned_ + d * kQueries + first, kQueries,
+                                   kQueries * k_size_, slope_pairs_ + skip, kPanel, kScores},
+                                  d_key_ + d * kKeys + c, kKeys, true);
       }
     }
     barrier();
@@ -170,10 +215,11 @@ class BackAmx {
     for (int64_t r = 0; r < at.rows; r += kStep) {
       const Strip seen = strips_[r / kStep];
       for (int64_t d = 0; d < k_size_; d += kStep) {
-        back_tile_product((seen.to - seen.from) / kStep,
-                          {slope_rows_ + r * kKeys + seen.from, kKeys,
-                           key_pairs_ + d / 16 * kColumns + seen.from * 16, kColumns},
-                          sums + r * stride + d, stride, add);
+        const Bf16* right = key_pairs_ + d / 16 * kColumns + seen.from * 16;
+        back_tile_product<kParts>((seen.to - seen.from) / kStep,
+                                  {slope_rows_ + r * kKeys + seen.from, kKeys, kScores, right,
+                                   kColumns, kKeys * k_size_},
+                                  sums + r * stride + d, stride, add);
       }
     }
     barrier();
@@ -186,7 +232,8 @@ class BackAmx {
   }
 
  private:
-  static constexpr int64_t kPanel = kQueries * 16;  // numbers of 16 columns of weights
+  static constexpr int64_t kPanel = kQueries * 16;      // numbers of 16 columns of weights
+  static constexpr int64_t kScores = kQueries * kKeys;  // of a block
 
   bool sees(int64_t row, int64_t column) const {
     const Strip& strip = strips_[row / kStep];
@@ -199,6 +246,7 @@ class BackAmx {
   static size_t lay_out(const Shape& shape, BackAmx* self, char* memory) {
     const int64_t k = back_up(shape.D, kStep), v = back_up(shape.E, kStep);
     const int64_t wide = k > v ? k : v;
+    constexpr int64_t kBytes = 2 * kParts;
     size_t used = 0;
     auto take = [&](auto BackAmx::*array, int64_t count, int64_t bytes) {
       if (self != nullptr) {
@@ -206,17 +254,17 @@ class BackAmx {
       }
       used += static_cast<size_t>(back_up(count * bytes, 64));
     };
-    take(&BackAmx::key_columns_, kKeys * k, 2);
-    take(&BackAmx::key_pairs_, kKeys * k, 2);
-    take(&BackAmx::value_columns_, kKeys * v, 2);
-    take(&BackAmx::room_, kKeys * wide, 2);
-    take(&BackAmx::query_, kQueries * k, 2);
-    take(&BackAmx::query_turned_, kQueries * k, 2);
-    take(&BackAmx::d_out_, kQueries * v, 2);
-    take(&BackAmx::d_out_turned_, kQueries * v, 2);
-    take(&BackAmx::weight_pairs_, kQueries * kKeys, 2);
-    take(&BackAmx::slope_pairs_, kQueries * kKeys, 2);
-    take(&BackAmx::slope_rows_, kQueries * kKeys, 2);
+    take(&BackAmx::key_columns_, kKeys * k, kBytes);
+    take(&BackAmx::key_pairs_, kKeys * k, kBytes);
+    take(&BackAmx::value_columns_, kKeys * v, kBytes);
+    take(&BackAmx::room_, kKeys * wide, kBytes);
+    take(&BackAmx::query_, kQueries * k, kBytes);
+    take(&BackAmx::query_turned_, kQueries * k, kBytes);
+    take(&BackAmx::d_out_, kQueries * v, kBytes);
+    take(&BackAmx::d_out_turned_, kQueries * v, kBytes);
+    take(&BackAmx::weight_pairs_, kQueries * kKeys, kBytes);
+    take(&BackAmx::slope_pairs_, kQueries * kKeys, kBytes);
+    take(&BackAmx::slope_rows_, kQueries * kKeys, kBytes);
     take(&BackAmx::scores_, kStep * kKeys, 4);
     take(&BackAmx::slopes_, kStep * kKeys, 4);
     take(&BackAmx::d_key_, kKeys * k, 4);
@@ -227,25 +275,32 @@ class BackAmx {
     return used;
   }
 
-  // Rows as they are, finite, with zeros up to `padded` numbers and kStep rows.
-  static void rows_of(const void* from, int64_t row, int64_t count, int64_t size,
-                      int64_t padded, Bf16* to, bool* good) {
+  // Rows, finite, with zeros up to `padded` numbers and kStep rows.
+  static void rows_of(const Source& from, int64_t count, int64_t padded, Bf16* to,
+                      int64_t part, bool* good) {
     for (int64_t r = 0; r < count; ++r) {
-      const Bf16* source = static_cast<const Bf16*>(from) + (row + r) * size;
       good[r] = true;
       for (int64_t d = 0; d < padded; d += kStep) {
-        Pairs x = load_pairs(source, d, size);
-        good[r] &= back_scrub(&x);
-        memcpy(to + r * padded + d, &x, sizeof x);
+        Pairs x[kParts];
+        if (kParts == 1) {
+          x[0] = load_pairs(bf16_row(from, r), d, from.size);
+          good[r] &= back_scrub(x);
+        } else {
+          F32 low = load_lanes(from, r, d), high = load_lanes(from, r, d + kLanes);
+          good[r] &= back_scrub(&low);
+          good[r] &= back_scrub(&high);
+          split_any(low, high, x);
+        }
+        for (int p = 0; p < kParts; ++p) memcpy(to + p * part + r * padded + d, x + p, 64);
       }
     }
-    memset(to + count * padded, 0, 2 * (back_up(count, kStep) - count) * padded);
+    const int64_t rest = (back_up(count, kStep) - count) * padded;
+    for (int p = 0; p < kParts; ++p) memset(to + p * part + count * padded, 0, 2 * rest);
   }
 
-  void key_rows(const void* from, int64_t row, int64_t keys, int64_t size, int64_t padded,
-                Bf16* to) {
+  void key_rows(const Source& from, int64_t keys, int64_t padded) {
     bool good[kKeys];
-    rows_of(from, row, keys, size, padded, to, good);
+    rows_of(from, keys, padded, room_, kKeys * padded, good);
     for (int64_t r = 0; r < keys; ++r) {
       if (good[r]) continue;
       if (poison_ == nullptr) memset(poison_room_, 0, sizeof(float) * kKeys);
@@ -256,31 +311,43 @@ class BackAmx {
 
   // Right operands whose columns are the rows given: for each 16, tiles of 32 numbers.
   static void columns(const Bf16* rows, int64_t count, int64_t size, Bf16* tiles) {
-    for (int64_t s = 0; s < count; s += 16) {
-      for (int64_t d = 0; d < size; d += kStep, tiles += kTileNumbers) {
-        F32 x[16];
-        for (int64_t i = 0; i < 16; ++i) memcpy(x + i, rows + (s + i) * size + d, 64);
-        transpose(x);
-        memcpy(tiles, x, sizeof x);
+    for (int p = 0; p < kParts; ++p, rows += kKeys * size) {
+      Bf16* tile = tiles + p * kKeys * size;
+      for (int64_t s = 0; s < count; s += 16) {
+        for (int64_t d = 0; d < size; d += kStep, tile += kTileNumbers) {
+          F32 x[16];
+          for (int64_t i = 0; i < 16; ++i) memcpy(x + i, rows + (s + i) * size + d, 64);
+          transpose(x);
+          memcpy(tile, x, sizeof x);
+        }
       }
     }
   }
 
-  // 16 numbers of row i of 32, each paired with that of row i + 16.
-  static Pairs paired(const Bf16* rows, int64_t i, int64_t size) {
-    U32 low = load_row_part(rows + i * size, 0, 16);
-    U32 high = load_row_part(rows + (i + 16) * size, 0, 16);
-    return (Pairs)(low | (high << 16));
+  // Numbers d .. d + 15 of row i, each paired with that of row i + 16.
+  static Pairs paired(const Bf16* rows, int64_t i, int64_t d, int64_t size) {
+    const Bf16 *first = rows + i * size, *second = first + 16 * size;
+    if (kParts == 1) {
+      return (Pairs)(load_row_part(first, d, size) | (load_row_part(second, d, size) << 16));
+    }
+    // Rows in parts have pairs themselves: d and d + 16 of 32.
+    U32 low, high;
+    memcpy(&low, first + back_down(d, kStep), sizeof low);
+    memcpy(&high, second + back_down(d, kStep), sizeof high);
+    return d % kStep == 0 ? (Pairs)((low & 0xffffu) | (high << 16))
+                          : (Pairs)((low >> 16) | (high & 0xffff0000u));
   }
 
   // Right operands that sum over rows: for each 16 columns, tiles of 32 of kKeys rows.
   static void pairs(const Bf16* rows, int64_t count, int64_t size, Bf16* tiles) {
-    for (int64_t d = 0; d < size; d += 16) {
-      for (int64_t s = 0; s < count; s += kStep) {
-        Bf16* tile = tiles + d * kKeys + s * 16;
-        for (int64_t i = 0; i < 16; ++i) {
-          Pairs x = paired(rows + s * size + d, i, size);
-          memcpy(tile + i * kStep, &x, sizeof x);
+    for (int p = 0; p < kParts; ++p, rows += kKeys * size, tiles += kKeys * size) {
+      for (int64_t d = 0; d < size; d += 16) {
+        for (int64_t s = 0; s < count; s += kStep) {
+          Bf16* tile = tiles + d * kKeys + s * 16;
+          for (int64_t i = 0; i < 16; ++i) {
+            Pairs x = paired(rows, s + i, d, size);
+            memcpy(tile + i * kStep, &x, sizeof x);
+          }
         }
       }
     }
@@ -288,13 +355,15 @@ class BackAmx {
 
   // Left operands that sum over rows: a row of kQueries for each column.
   static void turned(const Bf16* rows, int64_t count, int64_t size, Bf16* to) {
-    for (int64_t d = 0; d < size; d += 16) {
-      for (int64_t s = 0; s < count; s += kStep) {
-        F32 x[16];
-        for (int64_t i = 0; i < 16; ++i) x[i] = (F32)paired(rows + s * size + d, i, size);
-        transpose(x);
-        for (int64_t i = 0; i < 16; ++i) {
-          memcpy(to + (d + i) * kQueries + s, x + i, sizeof x[i]);
+    for (int p = 0; p < kParts; ++p, rows += kQueries * size, to += kQueries * size) {
+      for (int64_t d = 0; d < size; d += 16) {
+        for (int64_t s = 0; s < count; s += kStep) {
+          F32 x[16];
+          for (int64_t i = 0; i < 16; ++i) x[i] = (F32)paired(rows, s + i, d, size);
+          transpose(x);
+          for (int64_t i = 0; i < 16; ++i) {
+            memcpy(to + (d + i) * kQueries + s, x + i, sizeof x[i]);
+          }
         }
       }
     }
@@ -309,17 +378,19 @@ class BackAmx {
         const float *w = scores_ + i * kKeys + c, *s = slopes_ + i * kKeys + c;
         const float *w16 = w + 16 * kKeys, *s16 = s + 16 * kKeys;
         F32 s0 = load(s), s1 = load(s + 16), t0 = load(s16), t1 = load(s16 + 16);
-        Pairs x[] = {back_pairs(load(w), load(w16)), back_pairs(load(w + 16), load(w16 + 16)),
-                     back_pairs(s0, t0), back_pairs(s1, t1),
-                     back_pairs(s0, s1), back_pairs(t0, t1)};
-        memcpy(weights + i * kStep, x, 64);
-        memcpy(weights + kPanel + i * kStep, x + 1, 64);
-        memcpy(slopes + i * kStep, x + 2, 64);
-        memcpy(slopes + kPanel + i * kStep, x + 3, 64);
-        memcpy(slope_rows_ + (row + i) * kKeys + c, x + 4, 64);
-        memcpy(slope_rows_ + (row + i + 16) * kKeys + c, x + 5, 64);
+        put_pairs(load(w), load(w16), weights + i * kStep);
+        put_pairs(load(w + 16), load(w16 + 16), weights + kPanel + i * kStep);
+        put_pairs(s0, t0, slopes + i * kStep);
+        put_pairs(s1, t1, slopes + kPanel + i * kStep);
+        put_pairs(s0, s1, slope_rows_ + (row + i) * kKeys + c);
+        put_pairs(t0, t1, slope_rows_ + (row + i + 16) * kKeys + c);
       }
     }
+  }
+  static void put_pairs(F32 first, F32 second, Bf16* to) {
+    Pairs x[kParts];
+    back_pairs<kParts>(first, second, x);
+    for (int p = 0; p < kParts; ++p) memcpy(to + p * kScores, x + p, 64);
   }
 
   // Sums that lie transposed, to rows of the output.
@@ -333,8 +404,8 @@ class BackAmx {
         for (int64_t i = 0; i < 16; ++i) store(row_room_ + i * padded + d, x[i]);
       }
       for (int64_t i = 0; i < 16 && s + i < keys; ++i) {
-        back_put_row(row_room_ + i * padded, factor, to, Type::kBF16, (row + s + i) * size,
-                     size);
+        back_put_row(row_room_ + i * padded, factor, to, p_.forward.type,
+                     (row + s + i) * size, size);
       }
     }
   }
