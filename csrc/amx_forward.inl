@@ -108,6 +108,7 @@ class AmxTile {
     Kind kind;
     const Bf16* packed;
     int64_t side;
+    bool sees_all;  // every row every key of a whole block
 
     int64_t first_key() const { return block * kKeys; }
   };
@@ -131,7 +132,6 @@ class AmxTile {
     }
     const float* sink = f_.rules.sinks == nullptr ? nullptr : f_.rules.sinks + h_;
     for (int64_t r = 0; r < rows_; ++r) running(r).begin(sink);
-    memset(out_, 0, kAmxQueries * sizes_.out_stride() * sizeof(float));
     blocks_ = blocks_seen(f_, b_, t_, rows_);
   }
 
@@ -148,8 +148,9 @@ class AmxTile {
       int64_t count = least(kKeys, f_.shape.S - block * kKeys);
       Kind kind = kind_of(f_.rules.kinds, b_, h_, t_, rows_, block * kKeys, count);
       for (; row < rows_ && kind != kEmpty; row += kUnit) {
-        Unit unit = {row, least(kUnit, rows_ - row), block, count, kind, nullptr, side};
+        Unit unit = {row, least(kUnit, rows_ - row), block, count, kind, nullptr, side, false};
         if (panels(unit, row, unit.rows).empty()) continue;
+        unit.sees_all = sees_all(unit);
         unit.packed = packed_block(block, packed);
         return unit;
       }
@@ -170,6 +171,7 @@ class AmxTile {
 
   // Columns that rows row .. row + rows - 1 of the tile may see, in whole steps.
   Columns panels(const Unit& unit, int64_t row, int64_t rows) const {
+    if (unit.sees_all) return {0, kKeys};
     const Band& band = f_.rules.band;
     Columns first = seen_by(band, position_ + row, unit.first_key(), unit.count);
     Columns last = seen_by(band, position_ + row + rows - 1, unit.first_key(), unit.count);
@@ -216,8 +218,12 @@ class AmxTile {
         queue_.push({bytes_at(a), kSecond, bytes_at(b), kSecond,
                      (whole.last - whole.first) / kStep,
                      out_ + (unit.row + g) * sizes_.out_stride() + e,
-                     sizes_.out_stride() * 4, true});
+                     sizes_.out_stride() * 4, started_[(unit.row + g) / kGroup]});
       }
+    }
+    for (int64_t g = 0; g < unit.rows; g += kGroup) {
+      bool& started = started_[(unit.row + g) / kGroup];
+      started |= !panels(unit, unit.row + g, rows_of(unit, g)).empty();
     }
   }
   static const char* bytes_at(const Bf16* x) { return reinterpret_cast<const char*>(x); }
@@ -226,18 +232,35 @@ class AmxTile {
   void weigh(const Unit& unit) {
     bool change = changes_.keys(unit.first_key(), unit.count, unit.kind);
     Beside<kParts> beside(&queue_, portions(unit));
+    Exponents how = {change, change ? 1.0f : f_.rules.scale};
+    shrunk_ = false;
+    if (!change && unit.sees_all) {
+      for (int64_t r = 0; r < unit.rows; ++r) {
+        weigh_row<false>(unit, r, {0, kKeys}, {0, kKeys}, how, &beside);
+      }
+      return;
+    }
     for (int64_t g = 0; g < unit.rows; g += kGroup) {
       Columns whole = panels(unit, unit.row + g, rows_of(unit, g));
+      if (whole.empty()) continue;
       int64_t last = g + rows_of(unit, g);
       for (int64_t r = g; r < last; ++r) {
-        if (change && r % 8 == 0 && !whole.empty()) {
-          int64_t row = unit.row + r;
-          changes_.change(t_ + row, position_ + row, least(8, last - r), scores(unit, r),
+        int64_t position = position_ + unit.row + r;
+        if (change && r % 8 == 0) {
+          changes_.change(t_ + unit.row + r, position, least(8, last - r), scores(unit, r),
                           kScoreStride, whole);
         }
-        if (!whole.empty()) weigh_row(unit, r, whole, change, &beside);
+        Columns seen = seen_by(f_.rules.band, position, unit.first_key(), unit.count);
+        weigh_row<true>(unit, r, seen, whole, how, &beside);
       }
     }
+  }
+
+  bool sees_all(const Unit& unit) const {
+    const Band& band = f_.rules.band;
+    int64_t first = position_ + unit.row, last = first + unit.rows - 1;
+    return unit.count == kKeys && last - band.left <= unit.first_key() &&
+           first + band.right >= unit.first_key() + kKeys - 1;
   }
 
   // Of kStep columns of a row.
@@ -250,30 +273,30 @@ class AmxTile {
     return count;
   }
 
-  void weigh_row(const Unit& unit, int64_t r, Columns whole, bool change,
+  // Without `kAny` nothing is changed or cut.
+  template <bool kAny>
+  void weigh_row(const Unit& unit, int64_t r, Columns seen, Columns whole, Exponents how,
                  Beside<kParts>* beside) {
-    int64_t row = unit.row + r, position = position_ + row;
-    float* from = scores(unit, r);
-    Columns seen = seen_by(f_.rules.band, position, unit.first_key(), unit.count);
-    Exponents how = {change, change ? 1.0f : f_.rules.scale};
+    int64_t row = unit.row + r;
+    const float* from = scores(unit, r);
     Bf16* to = weights(unit, r);
-    shrink_[row] = 1;
-    bool known = high_[row] > -kInf &&
-                 weigh_known<kParts>(from, to, seen, whole, how, running(row), beside);
-    if (known) return;
-    shrink_[row] = weigh_some<kParts>(from, to, seen, whole, how, running(row), beside);
+    float by = kAny ? weigh_tiles<kParts>(from, to, seen, whole, how, running(row), beside)
+                    : weigh_tiles_by<kParts, false, false>(from, to, seen, whole, how, running(row),
+                                                     beside);
+    if (by == 1) return;
+    for (int64_t n = 0; n < unit.rows && !shrunk_; ++n) shrink_[unit.row + n] = 1;
+    shrunk_ = true;
+    shrink_[row] = by;
   }
 
   // The output so far follows the maximum. Not before all products of it are done.
   void shrink(const Unit& unit) {
-    for (int64_t g = 0; g < unit.rows; g += kGroup) {
-      if (panels(unit, unit.row + g, rows_of(unit, g)).empty()) continue;
-      for (int64_t r = unit.row + g; r < unit.row + g + rows_of(unit, g); ++r) {
-        if (shrink_[r] == 1) continue;
-        float* out = out_ + r * sizes_.out_stride();
-        for (int64_t e = 0; e < sizes_.E; e += kLanes) {
-          store(out + e, load(out + e) * shrink_[r]);
-        }
+    if (!shrunk_) return;
+    for (int64_t r = unit.row; r < unit.row + unit.rows; ++r) {
+      if (shrink_[r] == 1) continue;
+      float* out = out_ + r * sizes_.out_stride();
+      for (int64_t e = 0; e < sizes_.E; e += kLanes) {
+        store(out + e, load(out + e) * shrink_[r]);
       }
     }
   }
@@ -284,9 +307,11 @@ class AmxTile {
     for (int64_t r = 0; r < rows_; ++r) {
       Ended row = running(r).end();
       float total = row.sum(), share = total == 0 ? 0.0f : 1 / total;
+      float* out = out_ + r * sizes_.out_stride();
+      if (!started_[r / kGroup]) memset(out, 0, sizes_.E * sizeof(float));
       // Weights that are too large by kOne are cut off; so they are right as they are.
       for (int64_t e = 0; e < s.E; e += kLanes) {
-        F32 x = load(out_ + r * sizes_.out_stride() + e) * share;
+        F32 x = load(out + e) * share;
         store_some(f_.type, f_.out, (first + r) * s.E + e, x, s.E - e);
       }
       f_.lse[first + r] = row.log_sum_exp();
@@ -304,7 +329,9 @@ class AmxTile {
   Bf16 *block_, *query_;
   float *out_, *scores_;
   Bf16* weights_;
-  float *total_, *high_, *shrink_;
+  float *total_, *high_, *shrink_;  // of each row; the last of those of the unit
+  bool started_[kAmxQueries / kGroup] = {};  // whether rows of out_ hold something
+  bool shrunk_ = false;             // whether some row of the unit has to follow
   TileQueue<kParts> queue_;
   Changes changes_;
 };

@@ -46,7 +46,7 @@ static inline void store_weights(Bf16* row, int64_t j, F32 first, F32 second) {
 // Weighs scores[whole] by a maximum that is known; unless `kCut`, all of them are seen.
 // Returns false, and leaves the sum alone, if some score is far above it.
 template <int kParts, bool kChanged, bool kCut>
-static inline bool weigh_known_by(const float* scores, Bf16* weights, Columns seen,
+static inline bool weigh_known(const float* scores, Bf16* weights, Columns seen,
                                   Columns whole, Exponents to, Running row,
                                   Beside<kParts>* beside) {
   F32 first = F32{}, second = F32{}, nothing = all(-kInf);
@@ -72,35 +72,22 @@ static inline bool weigh_known_by(const float* scores, Bf16* weights, Columns se
   return true;
 }
 
-template <int kParts>
-static inline bool weigh_known(const float* scores, Bf16* weights, Columns seen,
-                               Columns whole, Exponents to, Running row,
-                               Beside<kParts>* beside) {
-  bool cut = seen.first > whole.first || seen.last < whole.last;
-  if (to.changed) {
-    return cut ? weigh_known_by<kParts, true, true>(scores, weights, seen, whole, to, row, beside)
-               : weigh_known_by<kParts, true, false>(scores, weights, seen, whole, to, row, beside);
-  }
-  return cut ? weigh_known_by<kParts, false, true>(scores, weights, seen, whole, to, row, beside)
-             : weigh_known_by<kParts, false, false>(scores, weights, seen, whole, to, row, beside);
-}
-
-// As weigh() of softmax.inl.
-template <int kParts>
-static float weigh_some(const float* scores, Bf16* weights, Columns seen, Columns whole,
-                        Exponents to, Running row, Beside<kParts>* beside) {
-  float shrink = follow<true>(scores, seen, whole, to, *row.high);
-  bool none = *row.high == -kInf;
+// As weigh() of softmax.inl: looks for the maximum first.
+template <int kParts, bool kChanged, bool kCut>
+static inline float weigh_some_by(const float* scores, Bf16* weights, Columns seen,
+                                  Columns whole, Exponents to, Running row,
+                                  Beside<kParts>* beside) {
+  float shrink = follow<kCut>(scores, seen, whole, to, *row.high);
   F32 unit = all(to.scale * kLog2OfE), high = all(to.high_of(*row.high));
   F32 sum = load(row.total) * shrink, nothing = all(-kInf);
+  bool none = *row.high == -kInf;
   for (int64_t j = whole.first; j < whole.last; j += kStep) {
-    F32 x[2] = {};
-    for (int i = 0; i < 2 && !none; ++i) {
+    F32 x[2];
+    for (int i = 0; i < 2; ++i) {
       int64_t at = j + i * kLanes;
-      F32 score = load(scores + at);
-      x[i] = to.changed ? exponent<true>(score, unit, high)
-                        : exponent<false>(score, unit, high);
-      x[i] = weight_of<kParts>(between(seen.first - at, seen.last - at, x[i], nothing));
+      x[i] = exponent<kChanged>(load(scores + at), unit, high);
+      if (kCut) x[i] = between(seen.first - at, seen.last - at, x[i], nothing);
+      x[i] = none ? F32{} : weight_of<kParts>(x[i]);
       sum += x[i];
     }
     store_weights<kParts>(weights, j, x[0], x[1]);
@@ -108,6 +95,29 @@ static float weigh_some(const float* scores, Bf16* weights, Columns seen, Column
   }
   store(row.total, sum);
   return shrink;
+}
+
+// One row: from scores to weights. Returns what the output so far has to be multiplied with.
+template <int kParts, bool kChanged, bool kCut>
+static inline float weigh_tiles_by(const float* scores, Bf16* weights, Columns seen, Columns whole,
+                             Exponents to, Running row, Beside<kParts>* beside) {
+  if (*row.high > -kInf && weigh_known<kParts, kChanged, kCut>(scores, weights, seen, whole,
+                                                                  to, row, beside)) {
+    return 1;
+  }
+  return weigh_some_by<kParts, kChanged, kCut>(scores, weights, seen, whole, to, row, beside);
+}
+
+template <int kParts>
+static inline float weigh_tiles(const float* scores, Bf16* weights, Columns seen, Columns whole,
+                          Exponents to, Running row, Beside<kParts>* beside) {
+  bool cut = seen.first > whole.first || seen.last < whole.last;
+  if (to.changed) {
+    return cut ? weigh_tiles_by<kParts, true, true>(scores, weights, seen, whole, to, row, beside)
+               : weigh_tiles_by<kParts, true, false>(scores, weights, seen, whole, to, row, beside);
+  }
+  return cut ? weigh_tiles_by<kParts, false, true>(scores, weights, seen, whole, to, row, beside)
+             : weigh_tiles_by<kParts, false, false>(scores, weights, seen, whole, to, row, beside);
 }
 
 }  // namespace RAPTAX_ISA

@@ -34,7 +34,7 @@ Buffer::Buffer(size_t bytes) : data_(nullptr), bytes_(rounded(bytes)) {
     size_t best = blocks.size();
     for (size_t i = 0; i < blocks.size(); ++i) {
       bool fits = blocks[i].bytes >= bytes_ && blocks[i].bytes <= 4 * bytes_;
-      if (fits && (best == blocks.size() || blocks[i].bytes < blocks[best].bytes)) best = i;
+      if (fits && (best == blocks.size() || blocks[i].bytes <= blocks[best].bytes)) best = i;
     }
     if (best < blocks.size()) {
       data_ = blocks[best].data;

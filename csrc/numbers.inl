@@ -84,12 +84,14 @@ static inline F32 load_some(Type type, const void* from, int64_t at, int64_t cou
 static inline void store_some(Type type, void* to, int64_t at, F32 x, int64_t count) {
   int64_t size = bytes_of(type);
   char* place = static_cast<char*>(to) + at * size;
-  if (type == Type::kF32) {
-    memcpy(place, &x, count >= kLanes ? sizeof x : count * size);
-    return;
+  U16 y = type == Type::kBF16 ? to_bf16(x) : type == Type::kF16 ? to_f16(x) : U16{};
+  if (count < kLanes) {
+    memcpy(place, type == Type::kF32 ? static_cast<void*>(&x) : &y, count * size);
+  } else if (type == Type::kF32) {
+    memcpy(place, &x, sizeof x);
+  } else {
+    memcpy(place, &y, sizeof y);
   }
-  U16 y = type == Type::kBF16 ? to_bf16(x) : to_f16(x);
-  memcpy(place, &y, count >= kLanes ? sizeof y : count * size);
 }
 
 }  // namespace RAPTAX_ISA
