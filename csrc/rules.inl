@@ -54,13 +54,7 @@ class Changes {
   void change(int64_t t, int64_t position, int64_t rows, float* scores, int64_t stride,
               Columns at) {
     at.last = least(at.last, count_);
-    for (int64_t r = 0; r < rows; ++r) {
-      float* row = scores + r * stride;
-      for (int64_t j = at.first / kLanes * kLanes; j < at.last; j += kLanes) {
-        store(row + j, load(row + j) * rules_.scale);
-      }
-      if (rules_.bias.data != nullptr) add_bias(t + r, row, at);
-    }
+    for (int64_t r = 0; r < rows; ++r) scale_row(t + r, scores + r * stride, at);
     if (score_ != nullptr) score_->change(position, rows, scores, stride);
     for (int64_t r = 0; r < rows && rules_.mask.data != nullptr; ++r) {
       apply_mask(t + r, scores + r * stride, at);
@@ -73,15 +67,29 @@ class Changes {
   }
 
  private:
-  void add_bias(int64_t t, float* scores, Columns at) {
+  void scale_row(int64_t t, float* scores, Columns at) {
+    int64_t j = at.first / kLanes * kLanes;
+    if (rules_.bias.data == nullptr) {
+      for (; j < at.last; j += kLanes) store(scores + j, load(scores + j) * rules_.scale);
+      return;
+    }
     int64_t stride = rules_.bias.stride[3];
     const float* bias = rules_.bias.row(b_, h_, t) + first_key_ * stride;
-    for (int64_t j = at.first; j < at.last; ++j) scores[j] += bias[j * stride];
+    for (; stride == 1 && j + kLanes <= at.last; j += kLanes) {
+      store(scores + j, load(scores + j) * rules_.scale + load(bias + j));
+    }
+    for (; j < at.last; ++j) scores[j] = scores[j] * rules_.scale + bias[j * stride];
   }
   void apply_mask(int64_t t, float* scores, Columns at) {
-    int64_t stride = rules_.mask.stride[3];
+    int64_t stride = rules_.mask.stride[3], j = at.first;
     const uint8_t* mask = rules_.mask.row(b_, h_, t) + first_key_ * stride;
-    for (int64_t j = at.first; j < at.last; ++j) {
+    for (; stride == 1 && j + kLanes <= at.last; j += kLanes) {
+      U8 bytes;
+      memcpy(&bytes, mask + j, sizeof bytes);
+      I32 seen = __builtin_convertvector(bytes, I32) != 0;
+      store(scores + j, seen ? load(scores + j) : all(-kInf));
+    }
+    for (; j < at.last; ++j) {
       scores[j] = mask[j * stride] != 0 ? scores[j] : -kInf;
     }
   }

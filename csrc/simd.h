@@ -36,6 +36,7 @@ typedef float F32 __attribute__((vector_size(4 * RAPTAX_LANES)));
 typedef int32_t I32 __attribute__((vector_size(4 * RAPTAX_LANES)));
 typedef uint32_t U32 __attribute__((vector_size(4 * RAPTAX_LANES)));
 typedef uint16_t U16 __attribute__((vector_size(2 * RAPTAX_LANES)));
+typedef uint8_t U8 __attribute__((vector_size(RAPTAX_LANES)));
 
 constexpr float kInf = __builtin_inff();
 
