@@ -8,7 +8,7 @@ namespace raptax {
 namespace RAPTAX_ISA {
 
 constexpr int64_t kQueries = 128;
-constexpr int64_t kPackedBytes = int64_t{24} << 20;  // keys and values, of all kv heads
+constexpr int64_t kPackedBytes = int64_t{26} << 20;  // keys and values, of all kv heads
 
 // Blocks first <= j < last of keys.
 struct Blocks {
