@@ -269,7 +269,7 @@ static void forward(const Forward& f, const Parallel& parallel) {
     return forward_by<Amx<1>>(f, parallel);
   }
   // Parts of float32 numbers have to be worth their packing.
-  if (f.rules.dropout.words == nullptr && f.shape.T >= 64 && f.shape.D >= 32) {
+  if (f.rules.dropout.words == nullptr && f.shape.T >= 64 && f.shape.D >= 16) {
     return forward_by<Amx<3>>(f, parallel);
   }
 #endif
