@@ -314,7 +314,12 @@ class AmxTile {
         F32 x = load(out + e) * share;
         store_some(f_.type, f_.out, (first + r) * s.E + e, x, s.E - e);
       }
-      f_.lse[first + r] = row.log_sum_exp();
+      shrink_[r] = row.total;
+    }
+    for (int64_t r = 0; r < rows_; r += kLanes) {
+      F32 total = load(shrink_ + r), sum = load(high_ + r) + log(total);
+      F32 lse = total == 0.0f ? all(-kInf) : sum;
+      memcpy(f_.lse + first + r, &lse, least(kLanes, rows_ - r) * sizeof(float));
     }
   }
 
@@ -329,9 +334,9 @@ class AmxTile {
   Bf16 *block_, *query_;
   float *out_, *scores_;
   Bf16* weights_;
-  float *total_, *high_, *shrink_;  // of each row; the last of those of the unit
+  float *total_, *high_, *shrink_;           // of each row
   bool started_[kAmxQueries / kGroup] = {};  // whether rows of out_ hold something
-  bool shrunk_ = false;             // whether some row of the unit has to follow
+  bool shrunk_ = false;                      // whether a row of the unit has to follow
   TileQueue<kParts> queue_;
   Changes changes_;
 };
