@@ -273,16 +273,16 @@ class AmxTile {
     return count;
   }
 
-  // Without `kAny` nothing is changed or cut.
+  // Without `kAny` no score is changed and every one is seen.
   template <bool kAny>
   void weigh_row(const Unit& unit, int64_t r, Columns seen, Columns whole, Exponents how,
                  Beside<kParts>* beside) {
     int64_t row = unit.row + r;
     const float* from = scores(unit, r);
     Bf16* to = weights(unit, r);
-    float by = kAny ? weigh_tiles<kParts>(from, to, seen, whole, how, running(row), beside)
-                    : weigh_tiles_by<kParts, false, false>(from, to, seen, whole, how, running(row),
-                                                     beside);
+    float by = kAny
+        ? weigh_tiles<kParts>(from, to, seen, whole, how, running(row), beside)
+        : weigh_tiles_by<kParts, false, false>(from, to, seen, whole, how, running(row), beside);
     if (by == 1) return;
     for (int64_t n = 0; n < unit.rows && !shrunk_; ++n) shrink_[unit.row + n] = 1;
     shrunk_ = true;

@@ -47,8 +47,8 @@ static inline void store_weights(Bf16* row, int64_t j, F32 first, F32 second) {
 // Returns false, and leaves the sum alone, if some score is far above it.
 template <int kParts, bool kChanged, bool kCut>
 static inline bool weigh_known(const float* scores, Bf16* weights, Columns seen,
-                                  Columns whole, Exponents to, Running row,
-                                  Beside<kParts>* beside) {
+                               Columns whole, Exponents to, Running row,
+                               Beside<kParts>* beside) {
   F32 first = F32{}, second = F32{}, nothing = all(-kInf);
   F32 unit = all(to.scale * kLog2OfE), high = all(to.high_of(*row.high));
   for (int64_t j = whole.first; j < whole.last; j += kStep) {
