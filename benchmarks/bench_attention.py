@@ -9,7 +9,6 @@ faster we are, and the share of that rate. A window's share counts allowed score
 Ends with an error if an output is wrong. PyTorch is optional.
 """
 
-import argparse
 import functools
 import sys
 from collections.abc import Callable, Iterator
@@ -20,13 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import raptax
-from benchmarks.machine import seconds
+from benchmarks.machine import arguments, print_line, print_table, torch
 from raptax.kernels import native_attention
-
-try:
-    import torch
-except ImportError:
-    torch = None
 
 FEW = 1024  # from here on jax.nn takes too long to be waited for
 
@@ -107,52 +101,23 @@ def correct(row: Row, arrays: list[np.ndarray], dtype: str) -> bool:
     return bool((jnp.abs(actual - wanted) <= tolerance).all())
 
 
-def product_rate(dtype: str) -> float:
-    """Operations a second of a product of two 2048 x 2048 matrices; NaN if unknown."""
-    if torch is None:
-        return float("nan")
-    x = torch.ones(2048, 2048, dtype=getattr(torch, dtype))
-    return 2 * 2048**3 / np.median(seconds({"product": lambda: x @ x}, 9)["product"])
-
-
 def measure(row: Row, dtype: str, repeats: int) -> bool:
     """Prints a row's line; returns whether its output is right."""
     rng = np.random.default_rng(0)
     shapes = [(1, heads, row.S, row.D) for heads in (row.H, row.K, row.K)]
     arrays = [rng.normal(size=shape).astype(np.float32) for shape in shapes]
-    times = seconds(competitors(row, arrays, dtype), repeats)
-    ours = times.pop("raptax")
-    low, median, high = np.quantile(ours, [0.1, 0.5, 0.9])
-    others = "  ".join(
-        f"{name} {np.median(t) * 1e3:8.2f} ms {np.median(t) / median:5.2f}x"
-        for name, t in times.items()
-    )
-    share = 4 * row.D * row.scores() / median / product_rate(dtype)
-    print(
-        f"{dtype:9}{row.name:22}{row.S:6}{row.D:5}{median * 1e3:10.2f} ms"
-        f"{high / low:6.2f}{share:7.0%}   {others}",
-        flush=True,
-    )
+    calls = competitors(row, arrays, dtype)
+    print_line(row, dtype, calls, repeats, 4 * row.D * row.scores())
     return correct(row, arrays, dtype)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), action="append")
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--long", action="store_true", help="up to 16384 queries")
-    options = parser.parse_args()
-    print(
-        "dtype    rule                    S     D       ours   p90/p10 share   others"
+    options = arguments(__doc__, longest=16384)
+    return print_table(
+        options.dtype,
+        list(rows(options.long)),
+        lambda row, dtype: measure(row, dtype, options.repeats),
     )
-    wrong = [
-        f"{dtype} {row.name} S={row.S} D={row.D}"
-        for dtype in options.dtype or ("float32", "bfloat16")
-        for row in rows(options.long)
-        if not measure(row, dtype, options.repeats)
-    ]
-    print("\n".join(f"wrong: {name}" for name in wrong) or "all outputs are right")
-    return bool(wrong)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ percentile), the share of that rate that allowed scores alone account for, and h
 times faster we are. Ends with an error if a gradient is wrong. PyTorch is optional.
 """
 
-import argparse
 import functools
 import sys
 from collections.abc import Callable, Iterator
@@ -19,13 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import raptax
-from benchmarks.machine import seconds
+from benchmarks.machine import arguments, print_line, print_table, torch
 from raptax.kernels import native_attention
-
-try:
-    import torch
-except ImportError:
-    torch = None
 
 CHECKED = 512  # lengths up to here are compared with the definition
 
@@ -99,53 +93,23 @@ def correct(row: Row, dtype: str) -> bool:
     )
 
 
-def product_rate(dtype: str) -> float:
-    """Operations a second of a product of two 2048 x 2048 matrices; NaN if unknown."""
-    if torch is None:
-        return float("nan")
-    x = torch.ones(2048, 2048, dtype=getattr(torch, dtype))
-    return 2 * 2048**3 / np.median(seconds({"product": lambda: x @ x}, 9)["product"])
-
-
 def measure(row: Row, dtype: str, repeats: int) -> bool:
     """Prints a row's line; returns whether its gradients are right."""
     arrays = random_arrays(row, dtype)
     calls = {"raptax": ours(row, arrays, dtype, native_attention)}
     if torch is not None and row.name.startswith("causal"):
         calls["torch"] = theirs(row, arrays, dtype)
-    times = seconds(calls, repeats)
-    mine = times.pop("raptax")
-    low, median, high = np.quantile(mine, [0.1, 0.5, 0.9])
-    others = "  ".join(
-        f"{name} {np.median(t) * 1e3:8.2f} ms {np.median(t) / median:5.2f}x"
-        for name, t in times.items()
-    )
-    share = 10 * row.D * row.scores() / median / product_rate(dtype)
-    print(
-        f"{dtype:9}{row.name:22}{row.S:6}{row.D:5}{median * 1e3:10.2f} ms"
-        f"{high / low:6.2f}{share:7.0%}   {others}",
-        flush=True,
-    )
+    print_line(row, dtype, calls, repeats, 10 * row.D * row.scores())
     return correct(row, dtype)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), action="append")
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--long", action="store_true", help="up to 8192 queries")
-    options = parser.parse_args()
-    print(
-        "dtype    rule                    S     D       ours   p90/p10 share   others"
+    options = arguments(__doc__, longest=8192)
+    return print_table(
+        options.dtype,
+        list(rows(options.long)),
+        lambda row, dtype: measure(row, dtype, options.repeats),
     )
-    wrong = [
-        f"{dtype} {row.name} S={row.S} D={row.D}"
-        for dtype in options.dtype or ("float32", "bfloat16")
-        for row in rows(options.long)
-        if not measure(row, dtype, options.repeats)
-    ]
-    print("\n".join(f"wrong: {name}" for name in wrong) or "all gradients are right")
-    return bool(wrong)
 
 
 if __name__ == "__main__":

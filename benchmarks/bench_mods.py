@@ -9,7 +9,6 @@ visit. Prints medians and the spread of ours (90th over 10th percentile). Ends w
 error if an output is wrong.
 """
 
-import argparse
 import functools
 import sys
 from collections.abc import Callable
@@ -20,14 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import raptax
-from benchmarks.machine import seconds
+from benchmarks.machine import arguments, seconds, torch
 from raptax.kernels import native_attention, reference_attention
 
-try:
-    import torch
+if torch is not None:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-except ImportError:
-    torch = None
 
 H = 8
 DISTANCES = 128  # of the learned bias, to either side
@@ -229,11 +225,8 @@ def window(dtype: str, S: int, repeats: int) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), action="append")
-    parser.add_argument("--repeats", type=int, default=7)
-    options = parser.parse_args()
-    dtypes, repeats = options.dtype or ("float32", "bfloat16"), options.repeats
+    options = arguments(__doc__)
+    dtypes, repeats = options.dtype, options.repeats
     ratios: list[float] = []
     wrong: list[str] = []
     print("causal and               S    D       ours   p90/p10   PyTorch, compiled")
