@@ -50,14 +50,16 @@ format: $(VENV)/dev.stamp
 native: $(VENV)/dev.stamp
 	RAPTAX_REQUIRE_NATIVE=1 RAPTAX_WERROR=ON $(VENV)/bin/pip install --no-deps -e .
 
-# 10,000 random batches, shared out among the instruction sets, under the sanitizers of
-# addresses and of undefined behaviour; the ticket loop under that of threads.
+# 10,000 random problems and as many batches of pages, shared out among the instruction
+# sets, under the sanitizers of addresses and of undefined behaviour; the ticket loop under
+# that of threads.
 FUZZ = $(foreach isa,generic avx2 avx512 avx512bf16 amx,RAPTAX_ISA=$(isa) \
-	build/tests/paged_fuzz 2000 &&)
+	build/tests/paged_fuzz 2000 && RAPTAX_ISA=$(isa) build/tests/attention_fuzz 2000 &&)
 native-test: $(VENV)/dev.stamp
 	cmake -S . -B build/tests -DRAPTAX_TESTS=ON -DRAPTAX_WERROR=ON \
 		-DPython_EXECUTABLE=$(abspath $(VENV)/bin/python)
-	cmake --build build/tests --parallel $(WORKERS) --target paged_fuzz parallel_test
+	cmake --build build/tests --parallel $(WORKERS) \
+		--target paged_fuzz attention_fuzz parallel_test
 	build/tests/parallel_test
 	$(FUZZ) true
 

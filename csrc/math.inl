@@ -115,7 +115,7 @@ static inline F32 log(F32 x) {
   const I32 small = x < 1.17549435e-38f;
   const F32 y = pick(small, x * 8388608.0f, x);
   // y = 2**n * m with m from sqrt(1/2) to sqrt(2).
-  const I32 shifted = as_bits(y) - 0x3f3504f3;
+  const I32 shifted = (I32)((U32)as_bits(y) - 0x3f3504f3u);
   const I32 whole = shifted >> 23;
   const F32 n = __builtin_convertvector(whole, F32) - pick(small, all(23.0f), all(0.0f));
   const F32 f = as_float((shifted & 0x7fffff) + 0x3f3504f3) - 1.0f;

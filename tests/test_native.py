@@ -145,7 +145,8 @@ def test_a_maximum_that_keeps_growing(dtype, T, D):
     options = dict(mask_mod=Causal(), return_lse=True)
     out, lse = native_attention(q, k, v, **options)
     wanted, wanted_lse = exact(q, k, v, **options)
-    tolerance = max(1e-5, float(jnp.finfo(dtype).eps))
+    # Scores of a hundred are some 1e-5 apart in float32, those of the definition too.
+    tolerance = max(3e-5, float(jnp.finfo(dtype).eps))
     np.testing.assert_allclose(
         out.astype(jnp.float32), wanted, rtol=0, atol=2 * tolerance
     )

@@ -8,127 +8,24 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <limits>
-#include <random>
 #include <string>
 #include <vector>
 
-#include "../kernels.h"
+#include "fuzz.h"
 
 using namespace raptax;
+using namespace raptax::fuzz;
 
 namespace {
-
-struct Serial final : Parallel {
-  int threads() const override { return 1; }
-  void run(int64_t count, void (*piece)(void*, int64_t), void* context) const override {
-    for (int64_t n = count; n-- > 0;) piece(context, n);  // backwards: order is open
-  }
-};
-
-std::mt19937_64 rng;
-int64_t between(int64_t low, int64_t high) {
-  return low + static_cast<int64_t>(rng() % static_cast<uint64_t>(high - low + 1));
-}
-bool chance(int64_t percent) { return between(1, 100) <= percent; }
-float normal() {
-  static std::normal_distribution<float> numbers;
-  return numbers(rng);
-}
-
-// Memory of just so many bytes.
-struct Bytes {
-  explicit Bytes(int64_t size) : data(static_cast<char*>(std::malloc(size ? size : 1))) {}
-  Bytes(Bytes&& other) noexcept : data(other.data) { other.data = nullptr; }
-  ~Bytes() { std::free(data); }
-  char* data;
-};
-
-// A float of some bits of fraction and of exponent, as IEEE 754 has it; `finite_only` is
-// e4m3fn, which has no Inf and one NaN.
-double decode(uint32_t code, int fraction, int exponent, bool finite_only) {
-  uint32_t ones = (1u << exponent) - 1, e = code >> fraction & ones;
-  uint32_t f = code & ((1u << fraction) - 1), sign = code >> (fraction + exponent) & 1;
-  int bias = (1 << (exponent - 1)) - 1;
-  double value = std::ldexp(e ? (1u << fraction) + f : f,
-                            static_cast<int>(e ? e : 1) - bias - fraction);
-  if (finite_only ? (e == ones && f == (1u << fraction) - 1) : e == ones) {
-    value = finite_only || f ? std::nan("") : std::numeric_limits<double>::infinity();
-  }
-  return sign ? -value : value;
-}
-
-double read(const char* data, Stored stored, int64_t i) {
-  if (stored == Stored::kF32) {
-    float x;
-    std::memcpy(&x, data + 4 * i, 4);
-    return x;
-  }
-  if (bytes_of(stored) == 2) {
-    uint16_t x;
-    std::memcpy(&x, data + 2 * i, 2);
-    return stored == Stored::kBF16 ? decode(x, 7, 8, false) : decode(x, 10, 5, false);
-  }
-  auto x = static_cast<uint8_t>(data[i]);
-  if (stored == Stored::kS8) return static_cast<int8_t>(x);
-  return stored == Stored::kE4M3 ? decode(x, 3, 4, true) : decode(x, 2, 5, false);
-}
-
-Stored as_stored(Type type) {
-  return type == Type::kF32 ? Stored::kF32 : type == Type::kBF16 ? Stored::kBF16 : Stored::kF16;
-}
-
-void write_float(char* data, Type type, int64_t i, float x) {
-  if (type == Type::kF32) {
-    std::memcpy(data + 4 * i, &x, 4);
-    return;
-  }
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  uint16_t half = static_cast<uint16_t>(bits >> 16);
-  if (type == Type::kF16) {  // cut off: what it stands for is read back
-    int exponent = static_cast<int>(bits >> 23 & 255) - 112;
-    half = static_cast<uint16_t>(bits >> 16 & 0x8000);
-    if (exponent > 0) half |= static_cast<uint16_t>(exponent << 10 | (bits >> 13 & 1023));
-  }
-  std::memcpy(data + 2 * i, &half, 2);
-}
-
-Bytes random_rows(Type type, int64_t count) {
-  Bytes rows(count * bytes_of(type));
-  for (int64_t i = 0; i < count; ++i) write_float(rows.data, type, i, normal());
-  return rows;
-}
-
-double step_of(Stored stored) {  // largest relative rounding error
-  switch (stored) {
-    case Stored::kF32: return 6e-8;
-    case Stored::kBF16: return 1.0 / 256;
-    case Stored::kF16: return 1.0 / 2048;
-    case Stored::kS8: return 0;
-    case Stored::kE4M3: return 1.0 / 16;
-    default: return 1.0 / 8;
-  }
-}
 
 struct Case {
   Paged p{};
   std::vector<int64_t> held;
-  std::vector<Bytes> owned;
-  std::vector<std::vector<float>> scales;
-  std::vector<std::vector<int32_t>> integers;
+  int32_t *table = nullptr, *lengths = nullptr;  // as p has them
+  Arrays arrays;
   bool quantised = false;
-
-  char* keep(Bytes bytes) {
-    owned.push_back(std::move(bytes));
-    return owned.back().data;
-  }
-  int32_t* keep(std::vector<int32_t> x) {
-    integers.push_back(std::move(x));
-    return integers.back().data();
-  }
 
   Case() {
     p.B = between(0, 4), p.K = between(1, 3);
@@ -148,36 +45,38 @@ struct Case {
 
   void fill_sequences() {
     bool appends = chance(70);
-    std::vector<int32_t> lengths, offsets = {0};
+    std::vector<int32_t> stored_lengths, offsets = {0};
     int64_t pages = 0;
     p.M = 1;
     for (int64_t b = 0; b < p.B; ++b) {
       int64_t rows = chance(85) ? between(0, 4) : between(5, 40);
       int64_t before = chance(90) ? between(0, 70) : between(1000, 1200);
       held.push_back(before + rows);
-      lengths.push_back(static_cast<int32_t>(appends ? before : before + rows));
+      stored_lengths.push_back(static_cast<int32_t>(appends ? before : before + rows));
       offsets.push_back(offsets.back() + static_cast<int32_t>(rows));
       int64_t needed = (before + rows + p.P - 1) / p.P;
       p.M = needed > p.M ? needed : p.M;
       pages += needed;
     }
     p.M += between(0, 2), p.N = pages + between(1, 3), p.R = offsets.back() + between(0, 3);
-    std::vector<int32_t> order(static_cast<size_t>(p.N)), table;
+    std::vector<int32_t> order(static_cast<size_t>(p.N)), pages_of;
     for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<int32_t>(i);
     std::shuffle(order.begin(), order.end(), rng);
     for (int64_t b = 0, next = 0; b < p.B; ++b) {
       for (int64_t m = 0; m < p.M; ++m) {
         bool needed = m * p.P < held[static_cast<size_t>(b)];
         const int32_t rubbish[] = {-1, static_cast<int32_t>(p.N), INT32_MAX, INT32_MIN};
-        table.push_back(needed ? order[static_cast<size_t>(next++)] : rubbish[rng() % 4]);
+        pages_of.push_back(needed ? order[static_cast<size_t>(next++)] : rubbish[rng() % 4]);
       }
     }
-    p.table = keep(table), p.lengths = keep(lengths), p.row_offsets = keep(offsets);
-    p.query = keep(random_rows(p.type, p.R * p.H * p.D));
-    p.out = keep(Bytes(p.R * p.H * p.E * bytes_of(p.type)));
+    p.table = table = arrays.keep(pages_of);
+    p.lengths = lengths = arrays.keep(stored_lengths);
+    p.row_offsets = arrays.keep(offsets);
+    p.query = arrays.keep(random_rows(p.type, p.R * p.H * p.D));
+    p.out = arrays.keep(Bytes(p.R * p.H * p.E * bytes_of(p.type)));
     if (!appends) return;
-    p.key = keep(random_rows(p.new_type, p.R * p.K * p.D));
-    p.value = keep(random_rows(p.new_type, p.R * p.K * p.E));
+    p.key = arrays.keep(random_rows(p.new_type, p.R * p.K * p.D));
+    p.value = arrays.keep(random_rows(p.new_type, p.R * p.K * p.E));
   }
 
   // All NaN but for what sequences hold.
@@ -187,12 +86,12 @@ struct Case {
       Bytes pool(tokens * size * bytes_of(p.stored));
       std::memset(pool.data, p.stored == Stored::kE4M3 ? 0x7f : 0xff,
                   static_cast<size_t>(tokens * size * bytes_of(p.stored)));
-      return keep(std::move(pool));
+      return arrays.keep(std::move(pool));
     };
     p.k_pages = poisoned(p.D), p.v_pages = poisoned(p.E);
     if (quantised) {
-      scales.assign(2, std::vector<float>(static_cast<size_t>(tokens), std::nanf("")));
-      p.k_scales = scales[0].data(), p.v_scales = scales[1].data();
+      std::vector<float> scales(static_cast<size_t>(tokens), std::nanf(""));
+      p.k_scales = arrays.keep(scales), p.v_scales = arrays.keep(scales);
     }
     for (int64_t b = 0; b < p.B; ++b) {
       for (int64_t s = 0; s < p.lengths[b]; ++s) {
@@ -220,21 +119,21 @@ struct Case {
 
   double element(const void* pages, const float* scale, int64_t token, int64_t size,
                  int64_t i) const {
-    double x = read(static_cast<const char*>(pages), p.stored, token * size + i);
+    double x = read(pages, p.stored, token * size + i);
     return scale == nullptr ? x : x * static_cast<double>(scale[token]);
   }
 };
 
-int failures = 0;
 void fail(const Case& c, const std::string& what) {
   const Paged& p = c.p;
-  std::fprintf(stderr,
-               "%s: B=%lld H=%lld K=%lld D=%lld E=%lld P=%lld type=%d new=%d stored=%d "
-               "append=%d left=%lld right=%lld\n",
-               what.c_str(), (long long)p.B, (long long)p.H, (long long)p.K, (long long)p.D,
-               (long long)p.E, (long long)p.P, (int)p.type, (int)p.new_type, (int)p.stored,
-               p.key != nullptr, (long long)p.band.left, (long long)p.band.right);
-  if (++failures > 10) std::exit(1);
+  char problem[300];
+  std::snprintf(problem, sizeof problem,
+                "B=%lld H=%lld K=%lld D=%lld E=%lld P=%lld type=%d new=%d stored=%d "
+                "append=%d left=%lld right=%lld",
+                (long long)p.B, (long long)p.H, (long long)p.K, (long long)p.D,
+                (long long)p.E, (long long)p.P, (int)p.type, (int)p.new_type, (int)p.stored,
+                p.key != nullptr, (long long)p.band.left, (long long)p.band.right);
+  fuzz::fail(what, problem);
 }
 
 // What was appended is there, rounded once.
@@ -243,12 +142,12 @@ void check_appended(const Case& c) {
   for (int64_t b = 0; p.key != nullptr && b < p.B; ++b) {
     for (int64_t t = 0; t < p.rows(b); ++t) {
       for (int64_t k = 0; k < p.K; ++k) {
-        int64_t row = (p.row_offsets[b] + t) * p.K + k, token = p.place(b, p.first(b) + t) + k * p.P;
+        int64_t row = (p.row_offsets[b] + t) * p.K + k;
+        int64_t token = p.place(b, p.first(b) + t) + k * p.P;
         for (int64_t i = 0; i < p.D + p.E; ++i) {
           bool key = i < p.D;
           int64_t size = key ? p.D : p.E, at = key ? i : i - p.D;
-          double x = read(static_cast<const char*>(key ? p.key : p.value),
-                          as_stored(p.new_type), row * size + at);
+          double x = read(key ? p.key : p.value, p.new_type, row * size + at);
           const float* scale = key ? p.k_scales : p.v_scales;
           double y = c.element(key ? p.k_pages : p.v_pages, scale, token, size, at);
           double unit = scale == nullptr ? 6e-8 : static_cast<double>(scale[token]);
@@ -281,8 +180,8 @@ std::vector<double> expected_row(const Case& c, const std::vector<double>& keys,
   const Paged& p = c.p;
   std::vector<double> query;
   for (int64_t d = 0; d < p.D; ++d) {
-    query.push_back(read(static_cast<const char*>(p.query), as_stored(p.type),
-                         ((p.row_offsets[b] + t) * p.H + h) * p.D + d));
+    int64_t row = (p.row_offsets[b] + t) * p.H + h;
+    query.push_back(read(p.query, p.type, row * p.D + d));
   }
   int64_t k = h / (p.H / p.K), position = p.first(b) + t;
   std::vector<double> out(static_cast<size_t>(p.E), 0.0), scores;
@@ -311,7 +210,6 @@ std::vector<double> expected_row(const Case& c, const std::vector<double>& keys,
 
 void check_out(const Case& c) {
   const Paged& p = c.p;
-  const char* data = static_cast<const char*>(p.out);
   std::vector<double> keys = unpacked(c, p.k_pages, p.k_scales, p.D);
   std::vector<double> values = unpacked(c, p.v_pages, p.v_scales, p.E);
   // Weights may be rounded to bfloat16 where the query is.
@@ -322,7 +220,7 @@ void check_out(const Case& c) {
         std::vector<double> wanted = expected_row(c, keys, values, b, t, h);
         for (int64_t e = 0; e < p.E; ++e) {
           double x = wanted[static_cast<size_t>(e)];
-          double y = read(data, as_stored(p.type), ((p.row_offsets[b] + t) * p.H + h) * p.E + e);
+          double y = read(p.out, p.type, ((p.row_offsets[b] + t) * p.H + h) * p.E + e);
           if (std::fabs(x - y) <= close * (1 + std::fabs(x))) continue;
           return fail(c, "row " + std::to_string(t) + " of sequence " + std::to_string(b) +
                              ": " + std::to_string(y) + " for " + std::to_string(x));
@@ -331,7 +229,7 @@ void check_out(const Case& c) {
     }
   }
   for (int64_t i = p.row_offsets[p.B] * p.H * p.E; i < p.R * p.H * p.E; ++i) {
-    if (read(data, as_stored(p.type), i) != 0) return fail(c, "padding is not zero");
+    if (read(p.out, p.type, i) != 0) return fail(c, "padding is not zero");
   }
 }
 
@@ -341,14 +239,14 @@ void check_refusal(Case& c) {
   char message[400] = "";
   for (int64_t b = 0; b < p.B; ++b) {
     if (p.rows(b) == 0) continue;
-    int32_t& last = c.integers[0][static_cast<size_t>(b * p.M + (p.keys(b) - 1) / p.P)];
+    int32_t& last = c.table[b * p.M + (p.keys(b) - 1) / p.P];
     bool needed = p.key != nullptr || p.end_key(b, p.rows(b) - 1) == p.keys(b);
     if (!needed || p.first_key(b) >= p.keys(b)) continue;
     int32_t before = last;
     last = chance(50) ? -1 : static_cast<int32_t>(p.N);
     if (check(p, message, sizeof message)) fail(c, "a bad page passed");
     last = before;
-    int32_t& length = c.integers[1][static_cast<size_t>(b)];
+    int32_t& length = c.lengths[b];
     before = length;
     length = static_cast<int32_t>(p.M * p.P + 1);
     if (check(p, message, sizeof message)) fail(c, "a bad length passed");
@@ -356,31 +254,16 @@ void check_refusal(Case& c) {
   }
 }
 
+void test(const Kernels& kernels) {
+  Case c;
+  char message[400];
+  if (!check(c.p, message, sizeof message)) return fail(c, message);
+  kernels.paged(c.p, Serial(false));  // backwards: order is open
+  check_appended(c);
+  check_out(c);
+  check_refusal(c);
+}
+
 }  // namespace
 
-int main(int argc, char** argv) {
-  int64_t cases = argc > 1 ? std::atoll(argv[1]) : 2000;
-  int64_t seed = argc > 2 ? std::atoll(argv[2]) : 0;
-  const Kernels* kernels = chosen_kernels();
-  if (kernels == nullptr) {
-    std::puts("paged: this machine does not have that instruction set");
-    return 0;
-  }
-  for (int64_t n = 0; n < cases; ++n) {
-    rng.seed(static_cast<uint64_t>(seed + n));
-    Case c;
-    char message[400];
-    if (!check(c.p, message, sizeof message)) {
-      fail(c, message);
-      continue;
-    }
-    kernels->paged(c.p, Serial());
-    int before = failures;
-    check_appended(c);
-    check_out(c);
-    check_refusal(c);
-    if (failures > before) std::fprintf(stderr, "  case %lld\n", (long long)(seed + n));
-  }
-  std::printf("paged: %lld cases on %s, %d wrong\n", (long long)cases, kernels->name, failures);
-  return failures != 0;
-}
+int main(int argc, char** argv) { return run_cases("paged", argc, argv, test); }

@@ -1,60 +1,19 @@
 // The ticket loop under many threads: every piece runs once, and what pieces wrote is seen
 // by whoever waited. Meant for -fsanitize=thread; see `make native-test`.
 
-#include <condition_variable>
 #include <cstdio>
 #include <cstdlib>
-#include <deque>
 #include <functional>
-#include <mutex>
 #include <thread>
 #include <vector>
 
 #include "../memory.h"
 #include "../tickets.h"
+#include "pool.h"
+
+using raptax::fuzz::Pool;
 
 namespace {
-
-// Threads that run what is put into a queue, as XLA's do.
-class Pool {
- public:
-  explicit Pool(int threads) {
-    for (int i = 0; i < threads; ++i) threads_.emplace_back([this] { serve(); });
-  }
-  ~Pool() {
-    {
-      std::lock_guard<std::mutex> lock(guard_);
-      closing_ = true;
-    }
-    more_.notify_all();
-    for (std::thread& thread : threads_) thread.join();
-  }
-  void schedule(std::function<void()> job) {
-    std::lock_guard<std::mutex> lock(guard_);
-    jobs_.push_back(std::move(job));
-    more_.notify_one();
-  }
-
- private:
-  void serve() {
-    std::unique_lock<std::mutex> lock(guard_);
-    while (true) {
-      more_.wait(lock, [this] { return closing_ || !jobs_.empty(); });
-      if (jobs_.empty()) return;
-      std::function<void()> job = std::move(jobs_.front());
-      jobs_.pop_front();
-      lock.unlock();
-      job();
-      lock.lock();
-    }
-  }
-
-  std::vector<std::thread> threads_;
-  std::deque<std::function<void()>> jobs_;
-  std::mutex guard_;
-  std::condition_variable more_;
-  bool closing_ = false;
-};
 
 void run(Pool& pool, int64_t count, int64_t helpers) {
   std::vector<int64_t> done(static_cast<size_t>(count), 0);  // plain memory, on purpose
