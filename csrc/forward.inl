@@ -78,10 +78,11 @@ class Tile {
       int64_t count = least(kKeys, s.S - j * kKeys);
       Kind kind = kind_of(f_.rules.kinds, b_, h_, t_, rows_, j * kKeys, count);
       if (kind == kEmpty) continue;
-      const float* block = packed + j * sizes_.block();
-      if (packed == nullptr) {
+      const float* block = block_;
+      if (packed != nullptr) {
+        block = packed + j * sizes_.block();
+      } else {
         pack_block_of(f_, b_, h_ / (s.H / s.K), j, block_);
-        block = block_;
       }
       next_ = block + sizes_.block();
       unfetched_ = packed == nullptr || j + 1 == blocks.last ? 0 : sizes_.block();
