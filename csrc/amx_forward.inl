@@ -15,10 +15,10 @@
 namespace raptax {
 namespace RAPTAX_ISA {
 
-constexpr int64_t kAmxQueries = 256;             // query rows of a task
-constexpr int64_t kUnit = 64;                    // query rows of a unit
-constexpr int64_t kGroup = 32;                   // rows of a tile product
-constexpr int64_t kScoreStride = kKeys + kLanes; // not a power of 2: see cache sets
+constexpr int64_t kAmxQueries = 256;              // query rows of a task
+constexpr int64_t kUnit = 64;                     // query rows of a unit
+constexpr int64_t kGroup = 32;                    // rows of a tile product
+constexpr int64_t kScoreStride = kKeys + kLanes;  // not a power of 2: see cache sets
 
 // Sizes in numbers of what is packed.
 template <int kParts>
@@ -316,7 +316,7 @@ class AmxTile {
       }
       shrink_[r] = row.total;
     }
-    for (int64_t r = 0; r < rows_; r += kLanes) {
+    for (int64_t r = 0; r < rows_; r += kLanes) {  // lanes beyond rows_ hold anything
       F32 total = load(shrink_ + r), sum = load(high_ + r) + log(total);
       F32 lse = total == 0.0f ? all(-kInf) : sum;
       memcpy(f_.lse + first + r, &lse, least(kLanes, rows_ - r) * sizeof(float));

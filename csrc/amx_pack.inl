@@ -25,6 +25,10 @@ typedef int32_t Pairs __attribute__((vector_size(64)));  // of bfloat16 numbers
 
 static const Pairs kNanPairs = Pairs{} + 0x7fc07fc0;
 
+// Whether numbers that are not bfloat16 are worth taking apart: vector units do as well
+// with few queries or short rows.
+static inline bool worth_parts(const Shape& shape) { return shape.T >= 64 && shape.D >= 16; }
+
 // The upper halves of the floats of two vectors.
 static inline Pairs upper_halves(F32 first, F32 second) {
   __m512i low = _mm512_srli_epi32((__m512i)first, 16);
@@ -32,8 +36,8 @@ static inline Pairs upper_halves(F32 first, F32 second) {
 }
 
 // float32 numbers that are bfloat16 numbers: the nearest one, and the next towards 0.
-static inline F32 near_bf16(F32 x) { return as_float((as_bits(x) + 0x8000) & -0x10000); }
-static inline F32 cut_to_bf16(F32 x) { return as_float(as_bits(x) & -0x10000); }
+static inline F32 near_bf16(F32 x) { return as_float(((U32)x + 0x8000u) & 0xffff0000u); }
+static inline F32 cut_to_bf16(F32 x) { return as_float((U32)x & 0xffff0000u); }
 
 // The three parts of two vectors, the first of which are at hand.
 static inline void split(F32 x, F32 high_x, F32 y, F32 high_y, Pairs* parts) {

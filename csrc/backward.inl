@@ -254,8 +254,7 @@ class BackPass {
 static void backward(const Backward& p, const Parallel& parallel) {
 #if defined(__AMX_BF16__)
   if (p.forward.type == Type::kBF16) return BackPass<BackAmx<1>>(p, parallel).run();
-  const Shape& shape = p.forward.shape;
-  if (shape.T >= 64 && shape.D >= 16) return BackPass<BackAmx<3>>(p, parallel).run();
+  if (worth_parts(p.forward.shape)) return BackPass<BackAmx<3>>(p, parallel).run();
 #endif
   BackPass<BackFloat>(p, parallel).run();
 }

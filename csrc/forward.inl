@@ -266,12 +266,9 @@ static void forward_by(const Forward& f, const Parallel& parallel) {
 
 static void forward(const Forward& f, const Parallel& parallel) {
 #if defined(__AMX_BF16__)
-  if (f.rules.dropout.words == nullptr && f.type == Type::kBF16) {
-    return forward_by<Amx<1>>(f, parallel);
-  }
-  // Parts of float32 numbers have to be worth their packing.
-  if (f.rules.dropout.words == nullptr && f.shape.T >= 64 && f.shape.D >= 16) {
-    return forward_by<Amx<3>>(f, parallel);
+  if (f.rules.dropout.words == nullptr) {
+    if (f.type == Type::kBF16) return forward_by<Amx<1>>(f, parallel);
+    if (worth_parts(f.shape)) return forward_by<Amx<3>>(f, parallel);
   }
 #endif
   forward_by<Float32>(f, parallel);
