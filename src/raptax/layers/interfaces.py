@@ -210,31 +210,27 @@ def _projection(weight: Any) -> Projection:
 # weights come.
 
 
-class _Rope:
+class _Rope(_Interface):
     rope: RotaryEmbedding
 
     def __call__(self, x, kv_collection, valid_lengths=None, **kwargs):
-        return self.attend(x, kv_collection, valid_lengths, **kwargs)  # type: ignore
+        return self.attend(x, kv_collection, valid_lengths, **kwargs)
 
 
-class _Alibi:
+class _Alibi(_Interface):
     n_heads: int
 
     def __call__(self, x, kv_collection, valid_lengths=None, **kwargs):
         biases = ALiBi(alibi_slopes(self.n_heads))
-        return self.attend(  # type: ignore
-            x, kv_collection, valid_lengths, score_mod=biases, **kwargs
-        )
+        return self.attend(x, kv_collection, valid_lengths, score_mod=biases, **kwargs)
 
 
-class _Vanilla:
+class _Vanilla(_Interface):
     def __call__(self, x, kv_collection, valid_lengths=None, **kwargs):
         if "attn_mask" not in kwargs:
             raise ValueError(f"attn_mask not provided to {type(self).__name__}")
         rules = _array_rules(kwargs.pop("attn_mask"), kv_collection.lengths)
-        return self.attend(  # type: ignore
-            x, kv_collection, valid_lengths, **rules, **kwargs
-        )
+        return self.attend(x, kv_collection, valid_lengths, **rules, **kwargs)
 
 
 def _array_rules(
