@@ -85,9 +85,10 @@ def native_attention(
 ) -> Attended:
     """See `AttentionFn`; `why_not_native` says what this one cannot do.
 
-    Weights are float32, or rounded to bfloat16 where the machine multiplies matrices of
-    those, as FlashAttention does. Two runs agree to the bit, whatever the number of
-    threads and whatever else is in the batch.
+    Weights are float32; those of bfloat16 inputs are rounded to bfloat16 where the
+    machine multiplies matrices of those (AMX), as FlashAttention does. There float32
+    numbers go in three bfloat16 parts, and those below 1e-30 lose digits. Two runs agree
+    to the bit, whatever the number of threads and whatever else is in the batch.
     """
     check_qkv(query, key, value)
     B, H, T, D = query.shape
