@@ -44,6 +44,9 @@ struct TileProduct {
 // Products in the order they were pushed. One step of a product, that is 32 numbers of a
 // row times 32 of a column, is kPhases turns: so little is begun at once that the vector
 // work between two turns need not wait for the first to end.
+//
+// Sums stay in their registers until the next product needs these: a store waits for the
+// last product of tiles, and the tile unit would wait with it.
 template <int kParts>
 class TileQueue {
  public:
@@ -60,81 +63,125 @@ class TileQueue {
 
   void turn() {
     if (at_ == size_) return;
+    const TileProduct& p = products_[at_];
+    int64_t offset = step_ * kParts * kTileBytes;
     // The intrinsics do not tell GCC 12 that they read memory.
     asm volatile("" ::: "memory");
-    const TileProduct& p = products_[at_];
-    if (step_ == 0 && phase_ == 0) begin(p);
-    int64_t offset = step_ * kParts * kTileBytes;
-    multiply(p, p.a + offset, p.b + offset);
-    if (++phase_ == kPhases) {
-      phase_ = 0;
-      if (++step_ == p.steps) end(p);
+    if (step_ == 0) {
+      multiply<true>(p, p.a, p.b);
+    } else {
+      multiply<false>(p, p.a + offset, p.b + offset);
     }
     asm volatile("" ::: "memory");
+    if (++phase_ < kPhases) return;
+    phase_ = 0;
+    if (++step_ < p.steps) return;
+    step_ = 0;
+    ++at_;
+    sums_ = {reinterpret_cast<char*>(p.c), p.c_stride};
   }
   void finish() {
     while (at_ < size_) turn();
+    store<0>();
+    store<1>();
+    store<2>();
+    store<3>();
+    asm volatile("" ::: "memory");
+    sums_.c = nullptr;
   }
 
  private:
-  void begin(const TileProduct& p) {
-    if (!p.add) {
-      _tile_zero(0);
-      _tile_zero(1);
-      _tile_zero(2);
-      _tile_zero(3);
-      return;
-    }
-    char* c = reinterpret_cast<char*>(p.c);
-    char* below = c + 16 * p.c_stride;
-    _tile_loadd(0, c, p.c_stride);
-    _tile_loadd(1, c + 64, p.c_stride);
-    _tile_loadd(2, below, p.c_stride);
-    _tile_loadd(3, below + 64, p.c_stride);
+  // The four tiles of a product.
+  struct Sums {
+    char* c;
+    int64_t stride;
+
+    char* tile(int n) const { return c + n / 2 * 16 * stride + n % 2 * 64; }
+  };
+
+  // The intrinsics take the numbers of registers as they are written.
+  template <int n>
+  void store() const {
+    if (sums_.c == nullptr) return;
+    if (n == 0) _tile_stored(0, sums_.tile(0), sums_.stride);
+    if (n == 1) _tile_stored(1, sums_.tile(1), sums_.stride);
+    if (n == 2) _tile_stored(2, sums_.tile(2), sums_.stride);
+    if (n == 3) _tile_stored(3, sums_.tile(3), sums_.stride);
   }
-  void end(const TileProduct& p) {
-    char* c = reinterpret_cast<char*>(p.c);
-    char* below = c + 16 * p.c_stride;
-    _tile_stored(0, c, p.c_stride);
-    _tile_stored(1, c + 64, p.c_stride);
-    _tile_stored(2, below, p.c_stride);
-    _tile_stored(3, below + 64, p.c_stride);
-    step_ = 0;
-    ++at_;
+  template <int n>
+  static void load(const Sums& sums) {
+    if (n == 0) _tile_loadd(0, sums.tile(0), sums.stride);
+    if (n == 1) _tile_loadd(1, sums.tile(1), sums.stride);
+    if (n == 2) _tile_loadd(2, sums.tile(2), sums.stride);
+    if (n == 3) _tile_loadd(3, sums.tile(3), sums.stride);
+  }
+  template <int n>
+  static void zero() {
+    if (n == 0) _tile_zero(0);
+    if (n == 1) _tile_zero(1);
+    if (n == 2) _tile_zero(2);
+    if (n == 3) _tile_zero(3);
+  }
+
+  // Tile n of the sums goes over from the product before to this one.
+  template <int n, bool kFirst>
+  void begin(const TileProduct& p) const {
+    if (!kFirst) return;
+    store<n>();
+    if (p.add) {
+      load<n>({reinterpret_cast<char*>(p.c), p.c_stride});
+    } else {
+      zero<n>();
+    }
+  }
+
+  template <bool kFirst>
+  void multiply(const TileProduct& p, const char* a, const char* b) {
+    if (kParts == 3) return multiply_parts<kFirst>(p, a, b);
+    if (phase_ == 0) {
+      _tile_loadd(6, b, 64);
+      _tile_loadd(4, a, 64);
+      begin<0, kFirst>(p);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_loadd(7, b + p.b_second, 64);
+      begin<1, kFirst>(p);
+      _tile_dpbf16ps(1, 4, 7);
+    } else {
+      _tile_loadd(5, a + p.a_second, 64);
+      begin<2, kFirst>(p);
+      _tile_dpbf16ps(2, 5, 6);
+      begin<3, kFirst>(p);
+      _tile_dpbf16ps(3, 5, 7);
+    }
   }
 
   // Six of the nine products of parts, the small ones first; what the others add is less
   // than what is lost when sums are rounded to float32.
-  void multiply(const TileProduct& p, const char* a, const char* b) {
-    if (kParts == 3) {
-      switch (phase_) {
-        case 0:
-          right(b, p.b_second);
-          left(a + 2 * kTileBytes, p.a_second);
-          break;
-        case 1: left(a + kTileBytes, p.a_second); break;
-        case 2: right(b + kTileBytes, p.b_second); break;
-        case 3: left(a, p.a_second); break;
-        case 4: right(b + 2 * kTileBytes, p.b_second); break;
-        default: right(b, p.b_second);
-      }
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_dpbf16ps(1, 4, 7);
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
-      return;
+  template <bool kFirst>
+  void multiply_parts(const TileProduct& p, const char* a, const char* b) {
+    switch (phase_) {
+      case 0:
+        right(b, p.b_second);
+        left(a + 2 * kTileBytes, p.a_second);
+        begin<0, kFirst>(p);
+        _tile_dpbf16ps(0, 4, 6);
+        begin<1, kFirst>(p);
+        _tile_dpbf16ps(1, 4, 7);
+        begin<2, kFirst>(p);
+        _tile_dpbf16ps(2, 5, 6);
+        begin<3, kFirst>(p);
+        _tile_dpbf16ps(3, 5, 7);
+        return;
+      case 1: left(a + kTileBytes, p.a_second); break;
+      case 2: right(b + kTileBytes, p.b_second); break;
+      case 3: left(a, p.a_second); break;
+      case 4: right(b + 2 * kTileBytes, p.b_second); break;
+      default: right(b, p.b_second);
     }
-    if (phase_ == 0) {
-      _tile_loadd(6, b, 64);
-      _tile_loadd(4, a, 64);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_loadd(7, b + p.b_second, 64);
-      _tile_dpbf16ps(1, 4, 7);
-    } else {
-      _tile_loadd(5, a + p.a_second, 64);
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
-    }
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
   }
   static void left(const char* a, int64_t second) {
     _tile_loadd(4, a, 64);
@@ -147,6 +194,7 @@ class TileQueue {
 
   TileProduct* products_;
   int64_t size_ = 0, at_ = 0, step_ = 0, phase_ = 0, turns_ = 0;
+  Sums sums_{nullptr, 0};  // what the registers hold that memory does not
 };
 
 // Spreads the turns of a queue evenly over other work, in so many portions.
