@@ -280,9 +280,10 @@ class AmxTile {
     int64_t row = unit.row + r;
     const float* from = scores(unit, r);
     Bf16* to = weights(unit, r);
-    float by = kAny
-        ? weigh_tiles<kParts>(from, to, seen, whole, how, running(row), beside)
-        : weigh_tiles_by<kParts, false, false>(from, to, seen, whole, how, running(row), beside);
+    bool* climbs = climbs_ + row;
+    float by = kAny ? weigh_tiles<kParts>(from, to, seen, whole, how, running(row), climbs, beside)
+                    : weigh_tiles_by<kParts, false, false>(from, to, seen, whole, how,
+                                                           running(row), climbs, beside);
     if (by == 1) return;
     for (int64_t n = 0; n < unit.rows && !shrunk_; ++n) shrink_[unit.row + n] = 1;
     shrunk_ = true;
@@ -337,6 +338,7 @@ class AmxTile {
   float *total_, *high_, *shrink_;           // of each row
   bool started_[kAmxQueries / kGroup] = {};  // whether rows of out_ hold something
   bool shrunk_ = false;                      // whether a row of the unit has to follow
+  bool climbs_[kAmxQueries] = {};            // rows whose maximum had to follow
   TileQueue<kParts> queue_;
   Changes changes_;
 };

@@ -97,27 +97,32 @@ static inline float weigh_some_by(const float* scores, Bf16* weights, Columns se
   return shrink;
 }
 
-// One row: from scores to weights. Returns what the output so far has to be multiplied with.
+// One row: from scores to weights. Returns what the output so far has to be multiplied
+// with. A row that `climbs`, as under ALiBi, had to follow the last time; trying it by the
+// maximum so far would be for nothing.
 template <int kParts, bool kChanged, bool kCut>
-static inline float weigh_tiles_by(const float* scores, Bf16* weights, Columns seen, Columns whole,
-                             Exponents to, Running row, Beside<kParts>* beside) {
-  if (*row.high > -kInf && weigh_known<kParts, kChanged, kCut>(scores, weights, seen, whole,
-                                                                  to, row, beside)) {
+RAPTAX_INLINE float weigh_tiles_by(const float* scores, Bf16* weights, Columns seen,
+                                   Columns whole, Exponents to, Running row, bool* climbs,
+                                   Beside<kParts>* beside) {
+  if (!*climbs && *row.high > -kInf &&
+      weigh_known<kParts, kChanged, kCut>(scores, weights, seen, whole, to, row, beside)) {
     return 1;
   }
-  return weigh_some_by<kParts, kChanged, kCut>(scores, weights, seen, whole, to, row, beside);
+  float by = weigh_some_by<kParts, kChanged, kCut>(scores, weights, seen, whole, to, row, beside);
+  *climbs = by != 1;
+  return by;
 }
 
 template <int kParts>
-static inline float weigh_tiles(const float* scores, Bf16* weights, Columns seen, Columns whole,
-                          Exponents to, Running row, Beside<kParts>* beside) {
+static inline float weigh_tiles(const float* scores, Bf16* weights, Columns seen,
+                                Columns whole, Exponents to, Running row, bool* climbs,
+                                Beside<kParts>* beside) {
+#define RAPTAX_WEIGH(changed, cut) \
+  weigh_tiles_by<kParts, changed, cut>(scores, weights, seen, whole, to, row, climbs, beside)
   bool cut = seen.first > whole.first || seen.last < whole.last;
-  if (to.changed) {
-    return cut ? weigh_tiles_by<kParts, true, true>(scores, weights, seen, whole, to, row, beside)
-               : weigh_tiles_by<kParts, true, false>(scores, weights, seen, whole, to, row, beside);
-  }
-  return cut ? weigh_tiles_by<kParts, false, true>(scores, weights, seen, whole, to, row, beside)
-             : weigh_tiles_by<kParts, false, false>(scores, weights, seen, whole, to, row, beside);
+  if (to.changed) return cut ? RAPTAX_WEIGH(true, true) : RAPTAX_WEIGH(true, false);
+  return cut ? RAPTAX_WEIGH(false, true) : RAPTAX_WEIGH(false, false);
+#undef RAPTAX_WEIGH
 }
 
 }  // namespace RAPTAX_ISA

@@ -28,6 +28,9 @@
 #define RAPTAX_LANES 4
 #endif
 
+// For what runs once per vector: a call would cost more than the work.
+#define RAPTAX_INLINE static inline __attribute__((always_inline))
+
 namespace raptax {
 namespace RAPTAX_ISA {
 
