@@ -143,21 +143,6 @@ static inline F32 log1p(F32 x) {
   return pick(absolute(x) < 1e-8f, x, r);
 }
 
-static inline F32 tanh(F32 x) {
-  const F32 y = within(x, -9.02f, 9.02f), z = y * y;
-  F32 p = all(1.8162370912788717e-11f);
-  p = p * z - 1.2743785582358669e-8f;
-  p = p * z + 9.255117220163811e-6f;
-  p = p * z + 2.919409889727831e-3f;
-  p = p * z + 1.291797012090683e-1f;
-  p = p * z + 1.0f;
-  F32 q = all(2.27913522394374e-4f);
-  q = q * z + 2.3757630959153175e-2f;
-  q = q * z + 4.625125229358673e-1f;
-  q = q * z + 1.0f;
-  return within(y * p * inverse(q), -1.0f, 1.0f);
-}
-
 static inline F32 logistic(F32 x) { return 1.0f / (1.0f + exp(-x)); }
 
 static inline F32 truncate(F32 x) {

@@ -5,6 +5,7 @@
 #include "math.inl"
 #include "program.h"
 #include "simd.h"
+#include "tanh.inl"
 
 namespace raptax {
 namespace RAPTAX_ISA {
