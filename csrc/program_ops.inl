@@ -198,6 +198,10 @@ static inline void map(Function f, Operand a, Operand b, Operand c, int64_t n,
     const F32 y = spread(b.data), z = spread(c.data);
     return map([=](F32 x) { return f(x, y, z); }, a, n, sink);
   }
+  if (a.is_row && !b.is_row) {
+    const F32 y = spread(b.data);
+    return loop([=](F32 x, F32 z) { return f(x, y, z); }, Row{a.data}, Row{c.data}, n, sink);
+  }
   const Operand in[3] = {a, b, c};
   alignas(64) float copy[3][kLanes];
   const float* data[3];

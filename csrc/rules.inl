@@ -54,7 +54,8 @@ class Changes {
   void change(int64_t t, int64_t position, int64_t rows, float* scores, int64_t stride,
               Columns at) {
     at.last = least(at.last, count_);
-    for (int64_t r = 0; r < rows; ++r) scale_row(t + r, scores + r * stride, at);
+    bool scale = rules_.scale != 1 || rules_.bias.data != nullptr;
+    for (int64_t r = 0; r < rows && scale; ++r) scale_row(t + r, scores + r * stride, at);
     if (score_ != nullptr) score_->change(position, rows, scores, stride);
     for (int64_t r = 0; r < rows && rules_.mask.data != nullptr; ++r) {
       apply_mask(t + r, scores + r * stride, at);

@@ -337,6 +337,20 @@ def test_a_scale_comes_before_the_change(name):
     np.testing.assert_allclose(run(program, x, CHANGE), expected, rtol=3e-6, atol=1e-6)
 
 
+def test_a_scale_is_no_pass_of_its_own():
+    names = list(mod_code.OPERANDS)
+    for mod, expected in (("soft cap", "SoftCap"), ("alibi", "MulAdd")):
+        code = mod_program.score_program(SCORES[mod], scale=0.3).code
+        rows = [code[i : i + 4] for i in range(0, len(code), 4)]
+        score = [names[row[0]] for row in rows].index("Score")
+        read = [
+            i
+            for i, (op, *of) in enumerate(rows)
+            if score in of[: mod_code.OPERANDS[names[op]]]
+        ]
+        assert read == [len(rows) - 1] and names[rows[-1][0]] == expected, mod
+
+
 def test_arrays_may_be_traced_and_a_rebuilt_mod_retraces_nothing():
     traces = []
 

@@ -198,7 +198,7 @@ def _scaled(code: Code, value: int) -> tuple[int, int]:
 def _multiply_add(
     code: Code, name: str, operands: list[int], once: list[bool]
 ) -> int | None:
-    """``a * b + c``, and ``c - a * b`` if a factor is cheap to negate."""
+    """``a * b + c``, and ``a * b - c`` and ``c - a * b`` if what is negated is cheap."""
     for (other, _), (value, alone) in _both_ways(operands, once):
         product = code.nodes[value]
         if not alone or product.name != "Mul" or product.depends in CHEAP:
@@ -206,7 +206,9 @@ def _multiply_add(
         a, b = product.operands
         if name == "Add":
             return code.emit("MulAdd", a, b, other)
-        if value != operands[1]:
+        if value == operands[0]:
+            if code.nodes[other].depends in CHEAP:
+                return code.emit("MulAdd", a, b, code.do("Neg", other))
             continue
         for x, y in ((a, b), (b, a)):
             if code.nodes[x].depends in CHEAP:

@@ -164,6 +164,16 @@ def _programs(mask_mod: Any, score_mod: Any) -> tuple[ModProgram, ModProgram]:
     return mask, NOTHING if score_mod is None else score_program(score_mod)
 
 
+def _scaled(score_mod: Any, scale: float, bias: Any) -> tuple[int, ...] | None:
+    """The code of ``score_mod(scale * x)``, which saves C++ a pass over the scores.
+
+    None where a bias comes between the two. The arrays are those of `_programs`.
+    """
+    if score_mod is None or bias is not None:
+        return None
+    return score_program(score_mod, scale=scale).code
+
+
 def _slope(score_mod: Any) -> ModProgram | None:
     """The derivative of a score change; None if it cannot be written as a program."""
     if score_mod is None:
@@ -187,6 +197,7 @@ class Call(NamedTuple):
     score_code: tuple[int, ...]
     score_arrays: int
     slope_code: tuple[int, ...] | None  # None: gradients are left to blockwise
+    scaled_code: tuple[int, ...] | None  # of the scale and the score change; see _scaled
 
     def attributes(self) -> dict[str, Any]:
         return dict(
@@ -201,6 +212,13 @@ class Call(NamedTuple):
             score_code=np.array(self.score_code, np.int32),
             score_arrays=np.int64(self.score_arrays),
         )
+
+    def forward_attributes(self) -> dict[str, Any]:
+        """What the forward call is told."""
+        if self.scaled_code is None:
+            return self.attributes()
+        code = np.array(self.scaled_code, np.int32)
+        return self.attributes() | dict(scale=np.float32(1), score_code=code)
 
     def slope_attributes(self, slope_arrays: int) -> dict[str, Any]:
         """What the backward call needs to know beside."""
@@ -267,6 +285,7 @@ def _prepare(scale, query, key, value, start, problem) -> tuple[Call, Lookup]:
         score.code,
         len(score.arrays),
         None if slope is None else slope.code,
+        _scaled(problem["score_mod"], scale, problem["bias"]),
     )
     # Derivatives reach these arrays through blockwise's view of the same mods.
     captured = lax.stop_gradient([*mask.arrays, *score.arrays])
@@ -285,7 +304,7 @@ def forward(
     )
     run = jax.ffi.ffi_call("raptax_forward", results, vmap_method="sequential")
     arrays = blockwise._same_manual_axes([query, key, value, *operands.filled(query)])
-    out, lse = run(*arrays, **call.attributes())
+    out, lse = run(*arrays, **call.forward_attributes())
     return out, lse
 
 
