@@ -57,7 +57,7 @@ class Runner {
   enum Domain : int8_t { kUniform, kRow, kColumn, kDiagonal, kFull };
   // Row values are worked out for kRows rows at once, diagonal ones for kDiagonals, and
   // full ones for kBatch: few enough to stay in the first-level cache.
-  static constexpr int64_t kRows = 16, kDiagonals = 64, kBatch = 4;
+  static constexpr int64_t kRows = 16, kDiagonals = 64, kBatch = 8;
 
   struct Step {
     Instruction code;
@@ -87,9 +87,10 @@ class Runner {
   int64_t prepare_rows(int64_t position, int64_t rows);
   void prepare_batch(int64_t rows, const float* base, int64_t stride);
   void work_out(Domain domain, int64_t n);
-  Operand operand(const Step& step, int number, int64_t row) const;
-  bool changes_nothing(const Step& step, Operand a, int64_t row, const float* out) const;
-  void execute(const Step& step, int64_t row, float* out, int64_t n) const;
+  Operand operand(const Step& step, int number) const;
+  static bool changes_nothing(Op op, const Operand* in, const float* out);
+  static void apply(Op op, int operands, const Operand* in, Area area, Store store);
+  void execute(const Step& step, float* out, int64_t stride, Area area) const;
 
   const Program& program_;
   const Along along_;
@@ -217,7 +218,7 @@ inline void Runner::work_out(Domain domain, int64_t n) {
   for (int64_t i = 0; i < size_; ++i) {
     Step& step = steps_[i];
     if (step.domain != domain) continue;
-    execute(step, 0, const_cast<float*>(step.data), n);
+    execute(step, const_cast<float*>(step.data), 0, {1, n});
     if (domain == kColumn || domain == kDiagonal) {
       step.same = all_same(step.data, domain == kColumn ? count_ : n);
     }
@@ -233,10 +234,7 @@ inline void Runner::prepare_batch(int64_t rows, const float* base, int64_t strid
       step.data = base;
       step.stride = stride;
     } else if (i + 1 < size_) {
-      float* data = const_cast<float*>(step.data);
-      for (int64_t row = 0; row < rows; ++row) {
-        execute(step, row, data + row * step.stride, padded_);
-      }
+      execute(step, const_cast<float*>(step.data), step.stride, {rows, padded_});
     }
   }
 }
@@ -248,14 +246,12 @@ inline void Runner::run(int64_t position, int64_t rows, const float* base, float
   for (int64_t from = 0; from < rows;) {
     const int64_t batch = prepare_rows(position + from, rows - from);
     prepare_batch(batch, base + from * stride, stride);
-    for (int64_t row = 0; row < batch; ++row) {
-      float* to = out + (from + row) * stride;
-      if (answer.domain == kFull && answer.code.op != Op::kScore) {
-        execute(answer, row, to, padded_);
-      } else {
-        Store store{to};
-        map([](F32 x) { return x; }, operand(answer, -1, row), padded_, store);
-      }
+    float* to = out + from * stride;
+    if (answer.domain == kFull && answer.code.op != Op::kScore) {
+      execute(answer, to, stride, {batch, padded_});
+    } else {
+      Store store{to, stride};
+      map([](F32 x) { return x; }, operand(answer, -1), {batch, padded_}, store);
     }
     from += batch;
   }
@@ -267,79 +263,79 @@ inline bool Runner::mask(int64_t position, int64_t rows, float* scores, int64_t 
   for (int64_t from = 0; from < rows;) {
     const int64_t batch = prepare_rows(position + from, rows - from);
     prepare_batch(batch, nullptr, 0);
-    for (int64_t row = 0; row < batch; ++row) {
-      MaskScores sink{scores + (from + row) * stride, count_};
-      const Operand own = operand(answer, -1, row);
-      if (!own.is_row && as_bits(spread(own.data))[0] != 0 && count_ == padded_) {
-        seen = ~I32{};
-        continue;
-      }
-      const Op op = answer.code.op;
-      // A comparison goes straight to the scores; anything else is written down first.
-      const bool direct =
-          answer.domain == kFull && answer.code.operands() == 2 &&
-          map_logic(op, operand(answer, 0, row), operand(answer, 1, row), padded_,
-                    sink);
-      if (!direct) {
-        if (answer.domain == kFull) {
-          execute(answer, row, const_cast<float*>(answer.data) + row * answer.stride,
-                  padded_);
+    const auto same = [](F32 x) { return x; };
+    const Area area{batch, padded_};
+    const Operand own = operand(answer, -1);
+    MaskScores sink{scores + from * stride, stride, count_};
+    if (answer.domain != kFull) {
+      for (int64_t row = 0; row < batch; ++row) {
+        const Operand allowed = own.of_row(row);
+        if (!own.is_row && as_bits(spread(allowed.data))[0] != 0 && count_ == padded_) {
+          sink.seen = ~I32{};
+          sink.next_row();
+        } else {
+          map(same, allowed, {1, padded_}, sink);
         }
-        map([](F32 x) { return x; }, own, padded_, sink);
       }
-      seen |= sink.seen;
+    } else if (answer.code.operands() != 2 ||
+               !map_logic(answer.code.op, operand(answer, 0), operand(answer, 1), area,
+                          sink)) {
+      // Only comparisons go straight to the scores.
+      execute(answer, const_cast<float*>(answer.data), answer.stride, area);
+      map(same, own, area, sink);
     }
+    seen |= sink.seen;
     from += batch;
   }
   return any(seen);
 }
 
-// Where operand `number` of a step lies for a row, or the step's own value for -1.
-inline Operand Runner::operand(const Step& step, int number, int64_t row) const {
+// Where operand `number` of a step lies for the first row of the batch, or the step's own
+// value for -1.
+inline Operand Runner::operand(const Step& step, int number) const {
   const Step& from = number < 0 ? step : steps_[step.code.operand(number)];
   const bool own = number >= 0 && step.domain == from.domain;
   switch (from.domain) {
     case kUniform:
-      return {from.data, own};
+      return {from.data, own, 0};
     case kRow:
-      return own ? Operand{from.data, true} : Operand{from.data + row_ + row, false};
+      return own ? Operand{from.data, true, 0} : Operand{from.data + row_, false, 1};
     case kColumn:
-      return {from.data, own || !from.same};
+      return {from.data, own || !from.same, 0};
     case kDiagonal:
-      return {own ? from.data : from.data + diagonal_ - row, own || !from.same};
+      return own ? Operand{from.data, true, 0}
+                 : Operand{from.data + diagonal_, !from.same, -1};
     default:
-      return {from.data + row * from.stride, true};
+      return {from.data, true, from.stride};
   }
 }
 
 // Whether `x & true`, `x | false` or `true ? x : y` finds x where it is to be put.
-inline bool Runner::changes_nothing(const Step& step, Operand a, int64_t row,
-                                    const float* out) const {
-  const Op op = step.code.op;
-  if (step.domain != kFull || (op != Op::kAnd && op != Op::kOr && op != Op::kSelect)) {
-    return false;
-  }
-  Operand b = operand(step, 1, row);
-  if (op != Op::kSelect && a.is_row) {
-    const Operand swap = a;
-    a = b;
-    b = swap;
-  }
-  if (a.is_row) return false;
-  const int32_t bits = as_bits(spread(a.data))[0];
+inline bool Runner::changes_nothing(Op op, const Operand* in, const float* out) {
+  const bool swap = op != Op::kSelect && in[0].is_row;
+  const Operand condition = in[swap], x = in[!swap];
+  if (condition.is_row) return false;
+  const int32_t bits = as_bits(spread(condition.data))[0];
   if (op == Op::kSelect) {
-    const Operand chosen = bits != 0 ? b : operand(step, 2, row);
+    const Operand chosen = bits != 0 ? x : in[2];
     return chosen.is_row && chosen.data == out;
   }
-  return b.is_row && b.data == out && bits == (op == Op::kAnd ? -1 : 0);
+  return x.is_row && x.data == out && bits == (op == Op::kAnd ? -1 : 0);
 }
 
-inline void Runner::execute(const Step& step, int64_t row, float* out, int64_t n) const {
+inline void Runner::apply(Op op, int operands, const Operand* in, Area area, Store store) {
+  if (operands == 1) return map_unary(op, in[0], area, store);
+  if (operands == 2) return map_binary(op, in[0], in[1], area, store);
+  return map_ternary(op, in[0], in[1], in[2], area, store);
+}
+
+inline void Runner::execute(const Step& step, float* out, int64_t stride,
+                            Area area) const {
   const Instruction code = step.code;
   const Op op = code.op;
-  Store store{out};
   auto fill = [&](int64_t first, int32_t by) {
-    for (int64_t i = 0; i < n; i += kLanes) {
+    Store store{out, stride};
+    for (int64_t i = 0; i < area.columns; i += kLanes) {
       store(i, I32{} + static_cast<int32_t>(first + by * i) + by * lanes());
     }
   };
@@ -363,16 +359,26 @@ inline void Runner::execute(const Step& step, int64_t row, float* out, int64_t n
     case Op::kConstant:
       return fill(code.a, 0);
     case Op::kGather:
-      return gather(program_.arrays[code.a], operand(step, 0, row), out, n);
+      for (int64_t row = 0; row < area.rows; ++row) {
+        const Operand index = operand(step, 0).of_row(row);
+        gather(program_.arrays[code.a], index, out + row * stride, area.columns);
+      }
+      return;
     default:
       break;
   }
-  const Operand a = operand(step, 0, row);
-  if (changes_nothing(step, a, row, out)) return;
-  if (code.operands() == 1) return map_unary(op, a, n, store);
-  const Operand b = operand(step, 1, row);
-  if (code.operands() == 2) return map_binary(op, a, b, n, store);
-  return map_ternary(op, a, b, operand(step, 2, row), n, store);
+  const int operands = code.operands();
+  Operand in[3];
+  for (int i = 0; i < operands; ++i) in[i] = operand(step, i);
+  if (step.domain != kFull || (op != Op::kAnd && op != Op::kOr && op != Op::kSelect)) {
+    return apply(op, operands, in, area, {out, stride});
+  }
+  for (int64_t row = 0; row < area.rows; ++row, out += stride) {
+    Operand of_row[3];
+    for (int i = 0; i < operands; ++i) of_row[i] = in[i].of_row(row);
+    if (changes_nothing(op, of_row, out)) continue;
+    apply(op, operands, of_row, {1, area.columns}, {out, stride});
+  }
 }
 
 }  // namespace RAPTAX_ISA

@@ -10,10 +10,18 @@
 namespace raptax {
 namespace RAPTAX_ISA {
 
-// A row of values, or one value that stands for a whole row.
+// So many rows of so many scores.
+struct Area {
+  int64_t rows, columns;
+};
+
+// Rows of values, or one value that stands for all of a row.
 struct Operand {
   const float* data;
   bool is_row;
+  int64_t step;  // from what belongs to one row to what belongs to the next
+
+  Operand of_row(int64_t row) const { return {data + row * step, is_row, step}; }
 };
 
 // A value in every lane. Not by arithmetic of floats: these may be the bits of a whole
@@ -134,9 +142,11 @@ static inline I32 to_int(F32 x) {
 
 // -------------------------------------------------------------------------------- loops
 
-// Where results go: sinks take a vector of results for the scores from i on.
+// Where results go: sinks take a vector of results for the scores of a row from i on.
 struct Store {
   float* out;
+  int64_t stride;  // from row to row
+  void next_row() { out += stride; }
   void operator()(int64_t i, F32 x) { store(out + i, x); }
   void operator()(int64_t i, I32 x) { store(out + i, as_float(x)); }
 };
@@ -144,8 +154,10 @@ struct Store {
 // Scores become -inf where the answer is no, and behind the last of `count`.
 struct MaskScores {
   float* scores;
+  int64_t stride;
   int64_t count;
   I32 seen = I32{};  // whether there was a yes
+  void next_row() { scores += stride; }
   void operator()(int64_t i, I32 allowed) {
     if (i + kLanes > count) allowed &= lanes() < static_cast<int32_t>(count - i);
     seen |= allowed;
@@ -164,7 +176,7 @@ struct One {
 };
 
 template <typename Function, typename Sink>
-static inline void map(Function f, Operand a, int64_t n, Sink& sink) {
+RAPTAX_INLINE void map_row(Function f, Operand a, int64_t n, Sink& sink) {
   if (a.is_row) {
     for (int64_t i = 0; i < n; i += kLanes) sink(i, f(load(a.data + i)));
   } else {
@@ -174,15 +186,15 @@ static inline void map(Function f, Operand a, int64_t n, Sink& sink) {
 }
 
 template <typename Function, typename A, typename B, typename Sink>
-static inline void loop(Function f, A a, B b, int64_t n, Sink& sink) {
+RAPTAX_INLINE void loop(Function f, A a, B b, int64_t n, Sink& sink) {
   for (int64_t i = 0; i < n; i += kLanes) sink(i, f(a(i), b(i)));
 }
 
 template <typename Function, typename Sink>
-static inline void map(Function f, Operand a, Operand b, int64_t n, Sink& sink) {
+RAPTAX_INLINE void map_row(Function f, Operand a, Operand b, int64_t n, Sink& sink) {
   if (!b.is_row) {
     const One y{spread(b.data)};
-    map([=](F32 x) { return f(x, y.value); }, a, n, sink);
+    map_row([=](F32 x) { return f(x, y.value); }, a, n, sink);
   } else if (a.is_row) {
     loop(f, Row{a.data}, Row{b.data}, n, sink);
   } else {
@@ -192,11 +204,11 @@ static inline void map(Function f, Operand a, Operand b, int64_t n, Sink& sink) 
 
 // Three operands: one that stands for a row is a vector that is read again and again.
 template <typename Function, typename Sink>
-static inline void map(Function f, Operand a, Operand b, Operand c, int64_t n,
-                       Sink& sink) {
+RAPTAX_INLINE void map_row(Function f, Operand a, Operand b, Operand c, int64_t n,
+                           Sink& sink) {
   if (a.is_row && !b.is_row && !c.is_row) {
     const F32 y = spread(b.data), z = spread(c.data);
-    return map([=](F32 x) { return f(x, y, z); }, a, n, sink);
+    return map_row([=](F32 x) { return f(x, y, z); }, a, n, sink);
   }
   if (a.is_row && !b.is_row) {
     const F32 y = spread(b.data);
@@ -217,6 +229,27 @@ static inline void map(Function f, Operand a, Operand b, Operand c, int64_t n,
   }
 }
 
+// Row after row: map(f, operands, area, sink). Rows are short, so what is to be done is
+// found out once for all of them.
+template <typename Function, typename Sink>
+static inline void map(Function f, Operand a, Area area, Sink& sink) {
+  for (int64_t r = 0; r < area.rows; ++r, sink.next_row()) {
+    map_row(f, a.of_row(r), area.columns, sink);
+  }
+}
+template <typename Function, typename Sink>
+static inline void map(Function f, Operand a, Operand b, Area area, Sink& sink) {
+  for (int64_t r = 0; r < area.rows; ++r, sink.next_row()) {
+    map_row(f, a.of_row(r), b.of_row(r), area.columns, sink);
+  }
+}
+template <typename Function, typename Sink>
+static inline void map(Function f, Operand a, Operand b, Operand c, Area area, Sink& sink) {
+  for (int64_t r = 0; r < area.rows; ++r, sink.next_row()) {
+    map_row(f, a.of_row(r), b.of_row(r), c.of_row(r), area.columns, sink);
+  }
+}
+
 // A function of whole numbers as one of their bits.
 template <typename Function>
 struct OfInts {
@@ -230,15 +263,17 @@ static inline OfInts<Function> of_ints(Function f) {
 }
 
 template <typename Sink>
-static inline void map_division(Division what, Operand a, Operand b, int64_t n,
-                                Sink& sink) {
-  if (!b.is_row && as_bits(spread(b.data))[0] > 0) {
-    const DivideBy by{1.0 / as_bits(spread(b.data))[0]};
-    map(of_ints([=](I32 x, I32 y) { return from_quotient(what, x, y, by(x)); }), a, b, n,
-        sink);
-  } else {
-    map(of_ints([=](I32 x, I32 y) { return from_quotient(what, x, y, divide(x, y)); }), a,
-        b, n, sink);
+static inline void map_division(Division what, Operand a, Operand b, Area area, Sink& sink) {
+  for (int64_t r = 0; r < area.rows; ++r, sink.next_row()) {
+    const Operand x = a.of_row(r), y = b.of_row(r);
+    if (!y.is_row && as_bits(spread(y.data))[0] > 0) {
+      const DivideBy by{1.0 / as_bits(spread(y.data))[0]};
+      map_row(of_ints([=](I32 x, I32 y) { return from_quotient(what, x, y, by(x)); }), x, y,
+              area.columns, sink);
+    } else {
+      map_row(of_ints([=](I32 x, I32 y) { return from_quotient(what, x, y, divide(x, y)); }),
+              x, y, area.columns, sink);
+    }
   }
 }
 
@@ -344,40 +379,40 @@ static inline void gather(const Captured& array, Operand index, float* out, int6
 
 // Operations that answer yes or no, with any sink. False if it is not one of them.
 template <typename Sink>
-static bool map_logic(Op op, Operand a, Operand b, int64_t n, Sink& sink) {
+static bool map_logic(Op op, Operand a, Operand b, Area area, Sink& sink) {
   switch (op) {
     case Op::kLess:
-      map([](F32 x, F32 y) { return x < y; }, a, b, n, sink);
+      map([](F32 x, F32 y) { return x < y; }, a, b, area, sink);
       return true;
     case Op::kLessEqual:
-      map([](F32 x, F32 y) { return x <= y; }, a, b, n, sink);
+      map([](F32 x, F32 y) { return x <= y; }, a, b, area, sink);
       return true;
     case Op::kEqual:
-      map([](F32 x, F32 y) { return x == y; }, a, b, n, sink);
+      map([](F32 x, F32 y) { return x == y; }, a, b, area, sink);
       return true;
     case Op::kNotEqual:
-      map([](F32 x, F32 y) { return x != y; }, a, b, n, sink);
+      map([](F32 x, F32 y) { return x != y; }, a, b, area, sink);
       return true;
     case Op::kIntLess:
-      map(of_ints([](I32 x, I32 y) { return x < y; }), a, b, n, sink);
+      map(of_ints([](I32 x, I32 y) { return x < y; }), a, b, area, sink);
       return true;
     case Op::kIntLessEqual:
-      map(of_ints([](I32 x, I32 y) { return x <= y; }), a, b, n, sink);
+      map(of_ints([](I32 x, I32 y) { return x <= y; }), a, b, area, sink);
       return true;
     case Op::kIntEqual:
-      map(of_ints([](I32 x, I32 y) { return x == y; }), a, b, n, sink);
+      map(of_ints([](I32 x, I32 y) { return x == y; }), a, b, area, sink);
       return true;
     case Op::kIntNotEqual:
-      map(of_ints([](I32 x, I32 y) { return x != y; }), a, b, n, sink);
+      map(of_ints([](I32 x, I32 y) { return x != y; }), a, b, area, sink);
       return true;
     case Op::kAnd:
-      map(of_ints([](I32 x, I32 y) { return x & y; }), a, b, n, sink);
+      map(of_ints([](I32 x, I32 y) { return x & y; }), a, b, area, sink);
       return true;
     case Op::kOr:
-      map(of_ints([](I32 x, I32 y) { return x | y; }), a, b, n, sink);
+      map(of_ints([](I32 x, I32 y) { return x | y; }), a, b, area, sink);
       return true;
     case Op::kXor:
-      map(of_ints([](I32 x, I32 y) { return x ^ y; }), a, b, n, sink);
+      map(of_ints([](I32 x, I32 y) { return x ^ y; }), a, b, area, sink);
       return true;
     default:
       return false;
@@ -386,158 +421,158 @@ static bool map_logic(Op op, Operand a, Operand b, int64_t n, Sink& sink) {
 
 // Functions of the C library, lane by lane: slow, but seldom in the way.
 template <typename Function>
-static inline void map_lanes(Function f, Operand a, int64_t n, Store& out) {
-  map([=](F32 x) { return by_lane(f, x); }, a, n, out);
+static inline void map_lanes(Function f, Operand a, Area area, Store& out) {
+  map([=](F32 x) { return by_lane(f, x); }, a, area, out);
 }
 template <typename Function>
-static inline void map_lanes(Function f, Operand a, Operand b, int64_t n, Store& out) {
-  map([=](F32 x, F32 y) { return by_lane(f, x, y); }, a, b, n, out);
+static inline void map_lanes(Function f, Operand a, Operand b, Area area, Store& out) {
+  map([=](F32 x, F32 y) { return by_lane(f, x, y); }, a, b, area, out);
 }
 
 static inline F32 largest(F32 x, F32 y) { return pick((x > y) | (x != x), x, y); }
 static inline F32 smallest(F32 x, F32 y) { return pick((x < y) | (x != x), x, y); }
 
-static inline void map_unary(Op op, Operand a, int64_t n, Store& out) {
+static inline void map_unary(Op op, Operand a, Area area, Store& out) {
   switch (op) {
     case Op::kNeg:
-      return map([](F32 x) { return -x; }, a, n, out);
+      return map([](F32 x) { return -x; }, a, area, out);
     case Op::kAbs:
-      return map([](F32 x) { return absolute(x); }, a, n, out);
+      return map([](F32 x) { return absolute(x); }, a, area, out);
     case Op::kSign:
       return map(
           [](F32 x) { return pick((x == 0.0f) | (x != x), x, with_sign_of(all(1.0f), x)); },
-          a, n, out);
+          a, area, out);
     case Op::kFloor:
-      return map([](F32 x) { return floor(x); }, a, n, out);
+      return map([](F32 x) { return floor(x); }, a, area, out);
     case Op::kCeil:
-      return map([](F32 x) { return ceil(x); }, a, n, out);
+      return map([](F32 x) { return ceil(x); }, a, area, out);
     case Op::kRound:
-      return map([](F32 x) { return round_away(x); }, a, n, out);
+      return map([](F32 x) { return round_away(x); }, a, area, out);
     case Op::kRoundEven:
-      return map([](F32 x) { return round_even(x); }, a, n, out);
+      return map([](F32 x) { return round_even(x); }, a, area, out);
     case Op::kExp:
-      return map([](F32 x) { return exp(x); }, a, n, out);
+      return map([](F32 x) { return exp(x); }, a, area, out);
     case Op::kExp2:
-      return map([](F32 x) { return exp2(x); }, a, n, out);
+      return map([](F32 x) { return exp2(x); }, a, area, out);
     case Op::kExpm1:
-      return map([](F32 x) { return expm1(x); }, a, n, out);
+      return map([](F32 x) { return expm1(x); }, a, area, out);
     case Op::kLog:
-      return map([](F32 x) { return log(x); }, a, n, out);
+      return map([](F32 x) { return log(x); }, a, area, out);
     case Op::kLog1p:
-      return map([](F32 x) { return log1p(x); }, a, n, out);
+      return map([](F32 x) { return log1p(x); }, a, area, out);
     case Op::kTanh:
-      return map([](F32 x) { return tanh(x); }, a, n, out);
+      return map([](F32 x) { return tanh(x); }, a, area, out);
     case Op::kLogistic:
-      return map([](F32 x) { return logistic(x); }, a, n, out);
+      return map([](F32 x) { return logistic(x); }, a, area, out);
     case Op::kSqrt:
-      return map([](F32 x) { return sqrt(x); }, a, n, out);
+      return map([](F32 x) { return sqrt(x); }, a, area, out);
     case Op::kRsqrt:
-      return map([](F32 x) { return 1.0f / sqrt(x); }, a, n, out);
+      return map([](F32 x) { return 1.0f / sqrt(x); }, a, area, out);
     case Op::kSin:
-      return map_lanes([](float x) { return __builtin_sinf(x); }, a, n, out);
+      return map_lanes([](float x) { return __builtin_sinf(x); }, a, area, out);
     case Op::kCos:
-      return map_lanes([](float x) { return __builtin_cosf(x); }, a, n, out);
+      return map_lanes([](float x) { return __builtin_cosf(x); }, a, area, out);
     case Op::kTan:
-      return map_lanes([](float x) { return __builtin_tanf(x); }, a, n, out);
+      return map_lanes([](float x) { return __builtin_tanf(x); }, a, area, out);
     case Op::kAtan:
-      return map_lanes([](float x) { return __builtin_atanf(x); }, a, n, out);
+      return map_lanes([](float x) { return __builtin_atanf(x); }, a, area, out);
     case Op::kSinh:
-      return map_lanes([](float x) { return __builtin_sinhf(x); }, a, n, out);
+      return map_lanes([](float x) { return __builtin_sinhf(x); }, a, area, out);
     case Op::kCosh:
-      return map_lanes([](float x) { return __builtin_coshf(x); }, a, n, out);
+      return map_lanes([](float x) { return __builtin_coshf(x); }, a, area, out);
     case Op::kErfc:
-      return map_lanes([](float x) { return __builtin_erfcf(x); }, a, n, out);
+      return map_lanes([](float x) { return __builtin_erfcf(x); }, a, area, out);
     case Op::kErf:
-      return map_lanes([](float x) { return __builtin_erff(x); }, a, n, out);
+      return map_lanes([](float x) { return __builtin_erff(x); }, a, area, out);
     case Op::kCbrt:
-      return map_lanes([](float x) { return __builtin_cbrtf(x); }, a, n, out);
+      return map_lanes([](float x) { return __builtin_cbrtf(x); }, a, area, out);
     case Op::kIsFinite:
-      return map([](F32 x) { return absolute(x) < kInf; }, a, n, out);
+      return map([](F32 x) { return absolute(x) < kInf; }, a, area, out);
     case Op::kToFloat:
-      return map([](F32 x) { return __builtin_convertvector(as_bits(x), F32); }, a, n, out);
+      return map([](F32 x) { return __builtin_convertvector(as_bits(x), F32); }, a, area, out);
     case Op::kToInt:
-      return map([](F32 x) { return to_int(x); }, a, n, out);
+      return map([](F32 x) { return to_int(x); }, a, area, out);
     case Op::kIntNeg:
-      return map(of_ints([](I32 x) { return subtract(I32{}, x); }), a, n, out);
+      return map(of_ints([](I32 x) { return subtract(I32{}, x); }), a, area, out);
     case Op::kIntAbs:
-      return map(of_ints([](I32 x) { return pick(x < 0, subtract(I32{}, x), x); }), a, n,
+      return map(of_ints([](I32 x) { return pick(x < 0, subtract(I32{}, x), x); }), a, area,
                  out);
     case Op::kIntSign:
-      return map(of_ints([](I32 x) { return (x < 0) | ((x > 0) & 1); }), a, n, out);
+      return map(of_ints([](I32 x) { return (x < 0) | ((x > 0) & 1); }), a, area, out);
     default:  // kNot
-      return map(of_ints([](I32 x) { return ~x; }), a, n, out);
+      return map(of_ints([](I32 x) { return ~x; }), a, area, out);
   }
 }
 
-static inline void map_binary(Op op, Operand a, Operand b, int64_t n,
+static inline void map_binary(Op op, Operand a, Operand b, Area area,
                               Store& out) {
   switch (op) {
     case Op::kAdd:
-      return map([](F32 x, F32 y) { return x + y; }, a, b, n, out);
+      return map([](F32 x, F32 y) { return x + y; }, a, b, area, out);
     case Op::kSub:
-      return map([](F32 x, F32 y) { return x - y; }, a, b, n, out);
+      return map([](F32 x, F32 y) { return x - y; }, a, b, area, out);
     case Op::kMul:
-      return map([](F32 x, F32 y) { return x * y; }, a, b, n, out);
+      return map([](F32 x, F32 y) { return x * y; }, a, b, area, out);
     case Op::kDiv:
-      return map([](F32 x, F32 y) { return x / y; }, a, b, n, out);
+      return map([](F32 x, F32 y) { return x / y; }, a, b, area, out);
     case Op::kMax:
-      return map([](F32 x, F32 y) { return largest(x, y); }, a, b, n, out);
+      return map([](F32 x, F32 y) { return largest(x, y); }, a, b, area, out);
     case Op::kMin:
-      return map([](F32 x, F32 y) { return smallest(x, y); }, a, b, n, out);
+      return map([](F32 x, F32 y) { return smallest(x, y); }, a, b, area, out);
     case Op::kPow:
-      return map_lanes([](float x, float y) { return __builtin_powf(x, y); }, a, b, n,
+      return map_lanes([](float x, float y) { return __builtin_powf(x, y); }, a, b, area,
                        out);
     case Op::kRem:
-      return map_lanes([](float x, float y) { return __builtin_fmodf(x, y); }, a, b, n,
+      return map_lanes([](float x, float y) { return __builtin_fmodf(x, y); }, a, b, area,
                        out);
     case Op::kAtan2:
-      return map_lanes([](float x, float y) { return __builtin_atan2f(x, y); }, a, b, n,
+      return map_lanes([](float x, float y) { return __builtin_atan2f(x, y); }, a, b, area,
                        out);
     case Op::kIntAdd:
-      return map(of_ints([](I32 x, I32 y) { return add(x, y); }), a, b, n, out);
+      return map(of_ints([](I32 x, I32 y) { return add(x, y); }), a, b, area, out);
     case Op::kIntSub:
-      return map(of_ints([](I32 x, I32 y) { return subtract(x, y); }), a, b, n, out);
+      return map(of_ints([](I32 x, I32 y) { return subtract(x, y); }), a, b, area, out);
     case Op::kIntMul:
-      return map(of_ints([](I32 x, I32 y) { return multiply(x, y); }), a, b, n, out);
+      return map(of_ints([](I32 x, I32 y) { return multiply(x, y); }), a, b, area, out);
     case Op::kIntMax:
-      return map(of_ints([](I32 x, I32 y) { return larger(x, y); }), a, b, n, out);
+      return map(of_ints([](I32 x, I32 y) { return larger(x, y); }), a, b, area, out);
     case Op::kIntMin:
-      return map(of_ints([](I32 x, I32 y) { return smaller(x, y); }), a, b, n, out);
+      return map(of_ints([](I32 x, I32 y) { return smaller(x, y); }), a, b, area, out);
     case Op::kIntDiv:
-      return map_division(Division::kQuotient, a, b, n, out);
+      return map_division(Division::kQuotient, a, b, area, out);
     case Op::kIntRem:
-      return map_division(Division::kRemainder, a, b, n, out);
+      return map_division(Division::kRemainder, a, b, area, out);
     case Op::kFloorDiv:
-      return map_division(Division::kFloorQuotient, a, b, n, out);
+      return map_division(Division::kFloorQuotient, a, b, area, out);
     case Op::kFloorRem:
-      return map_division(Division::kFloorRemainder, a, b, n, out);
+      return map_division(Division::kFloorRemainder, a, b, area, out);
     case Op::kShiftLeft:
     case Op::kShiftRight:
     case Op::kShiftRightLogical:
-      return map(of_ints([=](I32 x, I32 y) { return shift(op, x, y); }), a, b, n,
+      return map(of_ints([=](I32 x, I32 y) { return shift(op, x, y); }), a, b, area,
                  out);
     default:
-      map_logic(op, a, b, n, out);
+      map_logic(op, a, b, area, out);
   }
 }
 
 static inline void map_ternary(Op op, Operand a, Operand b, Operand c,
-                               int64_t n, Store& out) {
+                               Area area, Store& out) {
   switch (op) {
     case Op::kSelect:
-      return map([](F32 x, F32 y, F32 z) { return pick(as_bits(x), y, z); }, a, b, c, n,
+      return map([](F32 x, F32 y, F32 z) { return pick(as_bits(x), y, z); }, a, b, c, area,
                  out);
     case Op::kMulAdd:
-      return map([](F32 x, F32 y, F32 z) { return x * y + z; }, a, b, c, n, out);
+      return map([](F32 x, F32 y, F32 z) { return x * y + z; }, a, b, c, area, out);
     case Op::kSoftCap:
-      return map([](F32 x, F32 y, F32 z) { return z * tanh(x * y); }, a, b, c, n, out);
+      return map([](F32 x, F32 y, F32 z) { return z * tanh(x * y); }, a, b, c, area, out);
     default:  // kSoftCapSlope
       return map(
           [](F32 x, F32 y, F32 z) {
             const F32 t = tanh(x * y);
             return z * ((1.0f - t) * (1.0f + t));
           },
-          a, b, c, n, out);
+          a, b, c, area, out);
   }
 }
 
