@@ -146,10 +146,11 @@ class AmxTile {
   Unit unit_from(int64_t block, int64_t row, int64_t side, const Bf16* packed) {
     for (; block < blocks_.last; ++block, row = 0) {
       int64_t count = least(kKeys, f_.shape.S - block * kKeys);
-      Kind kind = kind_of(f_.rules.kinds, b_, h_, t_, rows_, block * kKeys, count);
-      for (; row < rows_ && kind != kEmpty; row += kUnit) {
-        Unit unit = {row, least(kUnit, rows_ - row), block, count, kind, nullptr, side, false};
+      for (; row < rows_; row += kUnit) {
+        Unit unit = {row, least(kUnit, rows_ - row), block, count, kFull, nullptr, side, false};
         if (panels(unit, row, unit.rows).empty()) continue;
+        unit.kind = kind_of(f_.rules.kinds, b_, h_, t_ + row, unit.rows, unit.first_key(), count);
+        if (unit.kind == kEmpty) continue;
         unit.sees_all = sees_all(unit);
         unit.packed = packed_block(block, packed);
         return unit;

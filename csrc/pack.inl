@@ -15,7 +15,7 @@
 namespace raptax {
 namespace RAPTAX_ISA {
 
-constexpr int64_t kKeys = 128;
+constexpr int64_t kKeys = 256;
 constexpr int64_t kPanel = 2 * kLanes;
 
 static inline int64_t rounded_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
