@@ -262,18 +262,22 @@ class Task {
     block.first = first;
     block.count = least(end, (first / kBlock + 1) * kBlock) - first;
     if (block.count < 0) block.count = 0;
-    int64_t left = 0, place = 0;
-    for (int64_t j = 0; j < block.count; ++j, ++place, --left) {
-      if (left == 0) {
-        left = p_.P - (first + j) % p_.P;
-        place = p_.place(b_, first + j) + k_ * p_.P;
+    int64_t key_bytes = p_.D * Element::kBytes, value_bytes = p_.E * Element::kBytes;
+    for (int64_t j = 0; j < block.count;) {
+      int64_t place = p_.place(b_, first + j) + k_ * p_.P;
+      int64_t run = least(p_.P - (first + j) % p_.P, block.count - j);
+      const char* key = static_cast<char*>(p_.k_pages) + place * key_bytes;
+      const char* value = static_cast<char*>(p_.v_pages) + place * value_bytes;
+      for (int64_t i = 0; i < run; ++i) {
+        block.keys[j + i] = key + i * key_bytes;
+        block.values[j + i] = value + i * value_bytes;
       }
-      block.keys[j] = static_cast<char*>(p_.k_pages) + place * p_.D * Element::kBytes;
-      block.values[j] = static_cast<char*>(p_.v_pages) + place * p_.E * Element::kBytes;
       if (p_.k_scales != nullptr) {
-        block.key_scales[j] = p_.k_scales[place];
-        block.value_scales[j] = p_.v_scales[place];
+        size_t size = static_cast<size_t>(run) * sizeof(float);
+        memcpy(block.key_scales + j, p_.k_scales + place, size);
+        memcpy(block.value_scales + j, p_.v_scales + place, size);
       }
+      j += run;
     }
     for (int64_t j = block.count; j < kBlock; ++j) {
       block.keys[j] = block.values[j] = zeros_;
@@ -284,9 +288,10 @@ class Task {
   static void look_ahead(int64_t size, int64_t count, const char* const* rows,
                          const char* const* next, const char** ahead) {
     int64_t distance = most(1, least(kAhead / (size * Element::kBytes), kBlock - 1));
-    for (int64_t j = 0; j < kBlock; ++j) {
-      int64_t beyond = j + distance - count;
-      ahead[j] = beyond < 0 ? rows[j + distance] : next[least(beyond, kBlock - 1)];
+    int64_t here = most(0, count - distance);
+    for (int64_t j = 0; j < here; ++j) ahead[j] = rows[j + distance];
+    for (int64_t j = here; j < kBlock; ++j) {
+      ahead[j] = next[least(j + distance - count, kBlock - 1)];
     }
   }
 
@@ -520,8 +525,7 @@ class Task {
       for (int64_t j = 0; j < count; ++j) scores[j] = -kInf;
       highest = all(-kInf);
     }
-    float high = tail[kHigh];
-    for (int i = 0; i < kLanes; ++i) high = highest[i] > high ? highest[i] : high;
+    float high = __builtin_fmaxf(tail[kHigh], largest_of(highest));
     bool nothing = high == -kInf;
     shrink_[r] = nothing ? 1.0f : shrink_from(tail[kHigh], high);
     high_[r] = high;
@@ -532,9 +536,7 @@ class Task {
       if (p_.k_scales != nullptr) weight *= load(block.value_scales + j);
       store(scores + j, weight);
     }
-    float total = 0;
-    for (int i = 0; i < kLanes; ++i) total += sum[i];
-    sum_[r] = total;
+    sum_[r] = sum_of(sum);
   }
 
   bool finite_values() const {
