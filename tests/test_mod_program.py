@@ -348,7 +348,8 @@ def test_a_scale_is_no_pass_of_its_own():
             for i, (op, *of) in enumerate(rows)
             if score in of[: mod_code.OPERANDS[names[op]]]
         ]
-        assert read == [len(rows) - 1] and names[rows[-1][0]] == expected, mod
+        assert read == [len(rows) - 1], mod
+        assert names[rows[-1][0]] == expected
 
 
 def test_arrays_may_be_traced_and_a_rebuilt_mod_retraces_nothing():

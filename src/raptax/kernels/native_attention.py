@@ -197,7 +197,7 @@ class Call(NamedTuple):
     score_code: tuple[int, ...]
     score_arrays: int
     slope_code: tuple[int, ...] | None  # None: gradients are left to blockwise
-    scaled_code: tuple[int, ...] | None  # of the scale and the score change; see _scaled
+    scaled_code: tuple[int, ...] | None  # see _scaled
 
     def attributes(self) -> dict[str, Any]:
         return dict(
