@@ -75,6 +75,7 @@ static inline I32 counting() {
 
 // `inside` for the lanes first <= lane < last, `outside` for the others.
 static inline F32 between(int64_t first, int64_t last, F32 inside, F32 outside) {
+  if (first <= 0 && last >= kLanes) return inside;  // most of a row that is cut
 #if defined(__AVX512F__)
   uint32_t below = last >= kLanes ? 0xffff : (1u << (last < 0 ? 0 : last)) - 1;
   uint32_t skipped = first <= 0 ? 0 : (1u << (first > kLanes ? kLanes : first)) - 1;
