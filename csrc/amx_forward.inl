@@ -15,7 +15,7 @@
 namespace raptax {
 namespace RAPTAX_ISA {
 
-constexpr int64_t kAmxQueries = 256;              // query rows of a task
+constexpr int64_t kAmxQueries = 512;              // query rows of a task, at most
 constexpr int64_t kUnit = 64;                     // query rows of a unit
 constexpr int64_t kGroup = 32;                    // rows of a tile product
 constexpr int64_t kScoreStride = kKeys + kLanes;  // not a power of 2: see cache sets
@@ -44,40 +44,40 @@ static void pack_block_amx_of(const Forward& f, int64_t b, int64_t kv, int64_t b
                          packed + AmxSizes<kParts>(s).keys());
 }
 
-// kAmxQueries rows of one head. Its memory: see bytes().
+// Up to kAmxQueries rows of one head. Its memory: see bytes().
 template <int kParts>
 class AmxTile {
   typedef AmxSizes<kParts> Sizes;
 
  public:
-  static size_t bytes(const Forward& f) {
+  static size_t bytes(const Forward& f, int64_t rows) {
     Sizes sizes(f.shape);
     size_t bytes = kOwnBlocks * sizes.block() * sizeof(Bf16);     // when not packed before
-    bytes += kAmxQueries * sizes.query() * sizeof(Bf16);          // query_
-    bytes += kAmxQueries * sizes.out_stride() * sizeof(float);    // out_
+    bytes += rows * sizes.query() * sizeof(Bf16);                 // query_
+    bytes += rows * sizes.out_stride() * sizeof(float);           // out_
     bytes += 2 * kUnit * kScoreStride * sizeof(float);            // scores_
     bytes += 2 * kUnit * kParts * kKeys * sizeof(Bf16);           // weights_
-    bytes += kAmxQueries * (kLanes + 2) * sizeof(float);          // total_, high_, shrink_
+    bytes += rows * (kLanes + 2) * sizeof(float);                 // total_, high_, shrink_
     bytes += rounded_up(product_count(sizes) * sizeof(TileProduct), 64);
     return bytes + Changes::bytes(f.rules);
   }
 
-  AmxTile(const Forward& f, int64_t b, int64_t h, int64_t t, char* memory)
+  AmxTile(const Forward& f, int64_t b, int64_t h, int64_t t, int64_t rows, char* memory)
       : f_(f),
         sizes_(f.shape),
         b_(b),
         h_(h),
         t_(t),
-        rows_(least(kAmxQueries, f.shape.T - t)),
+        rows_(least(rows, f.shape.T - t)),
         position_(f.rules.first(b) + t),
         block_(take<Bf16>(&memory, kOwnBlocks * sizes_.block())),
-        query_(take<Bf16>(&memory, kAmxQueries * sizes_.query())),
-        out_(take<float>(&memory, kAmxQueries * sizes_.out_stride())),
+        query_(take<Bf16>(&memory, rows * sizes_.query())),
+        out_(take<float>(&memory, rows * sizes_.out_stride())),
         scores_(take<float>(&memory, 2 * kUnit * kScoreStride)),
         weights_(take<Bf16>(&memory, 2 * kUnit * kParts * kKeys)),
-        total_(take<float>(&memory, kAmxQueries * kLanes)),
-        high_(take<float>(&memory, kAmxQueries)),
-        shrink_(take<float>(&memory, kAmxQueries)),
+        total_(take<float>(&memory, rows * kLanes)),
+        high_(take<float>(&memory, rows)),
+        shrink_(take<float>(&memory, rows)),
         queue_(take<TileProduct>(&memory, product_count(sizes_))),
         changes_(f.rules, b, h, memory) {}
 

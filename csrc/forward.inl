@@ -41,28 +41,28 @@ static void pack_block_of(const Forward& f, int64_t b, int64_t kv, int64_t block
              packed, packed + Sizes(s).keys);
 }
 
-// kQueries rows of one head. Its memory: see bytes().
+// Up to kQueries rows of one head. Its memory: see bytes().
 class Tile {
  public:
-  static size_t bytes(const Forward& f) {
+  static size_t bytes(const Forward& f, int64_t rows) {
     Sizes sizes(f.shape);
-    int64_t numbers = sizes.block() + kQueries * (sizes.query + sizes.out + kKeys);
+    int64_t numbers = sizes.block() + rows * (sizes.query + sizes.out + kKeys);
     return numbers * sizeof(float) + Changes::bytes(f.rules);
   }
 
-  Tile(const Forward& f, int64_t b, int64_t h, int64_t t, char* memory)
+  Tile(const Forward& f, int64_t b, int64_t h, int64_t t, int64_t rows, char* memory)
       : f_(f),
         sizes_(f.shape),
         b_(b),
         h_(h),
         t_(t),
-        rows_(least(kQueries, f.shape.T - t)),
+        rows_(least(rows, f.shape.T - t)),
         position_(f.rules.first(b) + t),
         block_(reinterpret_cast<float*>(memory)),
         query_(block_ + sizes_.block()),
-        out_(query_ + kQueries * sizes_.query),
-        scores_(out_ + kQueries * sizes_.out),
-        changes_(f.rules, b, h, reinterpret_cast<char*>(scores_ + kQueries * kKeys)),
+        out_(query_ + rows * sizes_.query),
+        scores_(out_ + rows * sizes_.out),
+        changes_(f.rules, b, h, reinterpret_cast<char*>(scores_ + rows * kKeys)),
         dropping_(f.rules.dropout, b, h) {}
 
   // `packed` holds the blocks of the kv head from the one of key 0 on, or is null.
@@ -203,7 +203,7 @@ class Tile {
 struct Float32 {
   typedef float Packed;
   typedef Tile OneTile;
-  static constexpr int64_t kRowsOfTask = kQueries;
+  static int64_t rows_of_task(const Shape&, const Parallel&) { return kQueries; }
   static int64_t block(const Shape& shape) { return Sizes(shape).block(); }
   static constexpr auto pack = pack_block_of;
 };
@@ -213,7 +213,12 @@ template <int kParts>
 struct Amx {
   typedef Bf16 Packed;
   typedef AmxTile<kParts> OneTile;
-  static constexpr int64_t kRowsOfTask = kAmxQueries;
+  // Long tasks load keys less often, but threads need many to share them evenly; for what
+  // is short they are slower.
+  static int64_t rows_of_task(const Shape& s, const Parallel& parallel) {
+    int64_t rows = kAmxQueries, tasks = (s.T + rows - 1) / rows * s.B * s.H;
+    return tasks < 16 * parallel.threads() ? rows / 2 : rows;
+  }
   static int64_t block(const Shape& shape) { return AmxSizes<kParts>(shape).block(); }
   static constexpr auto pack = pack_block_amx_of<kParts>;
 };
@@ -226,15 +231,16 @@ template <typename Way>
 static void run_tiles(const Forward& f, const Parallel& parallel, int64_t first,
                       int64_t count, const typename Way::Packed* packed) {
   const Shape& s = f.shape;
-  int64_t rows = Way::kRowsOfTask, tiles = (s.T + rows - 1) / rows, group = s.H / s.K;
+  int64_t rows = Way::rows_of_task(s, parallel), tiles = (s.T + rows - 1) / rows;
+  int64_t group = s.H / s.K;
   int64_t stride = (s.S + kKeys - 1) / kKeys * Way::block(s);
   parallel.each(tiles * count * group, [&](int64_t n) {
     NoDenormals fast;
     int64_t t = (tiles - 1 - n / (count * group)) * rows, head = n % (count * group);
     int64_t kv = first + head / group, b = kv / s.K;
     int64_t h = kv % s.K * group + head % group;
-    Buffer memory(Way::OneTile::bytes(f));
-    typename Way::OneTile tile(f, b, h, t, memory.as<char>());
+    Buffer memory(Way::OneTile::bytes(f, rows));
+    typename Way::OneTile tile(f, b, h, t, rows, memory.as<char>());
     tile.run(packed == nullptr ? nullptr : packed + (kv - first) * stride);
   });
 }
