@@ -203,7 +203,7 @@ class Tile {
 struct Float32 {
   typedef float Packed;
   typedef Tile OneTile;
-  static int64_t rows_of_task(const Forward&, const Parallel&) { return kQueries; }
+  static int64_t rows_of_task(const Forward&, int64_t, int) { return kQueries; }
   static int64_t block(const Shape& shape) { return Sizes(shape).block(); }
   static constexpr auto pack = pack_block_of;
 };
@@ -216,10 +216,9 @@ struct Amx {
   // Long tasks load keys less often, but threads need many to share them evenly; for what
   // is short they are slower. So they are where heads share a bias, whose rows for a task
   // then leave the cache between one head and the next.
-  static int64_t rows_of_task(const Forward& f, const Parallel& parallel) {
-    const Shape& s = f.shape;
-    int64_t rows = kAmxQueries, tasks = (s.T + rows - 1) / rows * s.B * s.H;
-    bool few = tasks < 16 * parallel.threads();
+  static int64_t rows_of_task(const Forward& f, int64_t heads, int threads) {
+    int64_t rows = kAmxQueries, tasks = (f.shape.T + rows - 1) / rows * heads;
+    bool few = tasks < 16 * threads;
     return few || f.rules.bias.data != nullptr ? rows / 2 : rows;
   }
   static int64_t block(const Shape& shape) { return AmxSizes<kParts>(shape).block(); }
@@ -234,8 +233,8 @@ template <typename Way>
 static void run_tiles(const Forward& f, const Parallel& parallel, int64_t first,
                       int64_t count, const typename Way::Packed* packed) {
   const Shape& s = f.shape;
-  int64_t rows = Way::rows_of_task(f, parallel), tiles = (s.T + rows - 1) / rows;
-  int64_t group = s.H / s.K;
+  int64_t group = s.H / s.K, rows = Way::rows_of_task(f, count * group, parallel.threads());
+  int64_t tiles = (s.T + rows - 1) / rows;
   int64_t stride = (s.S + kKeys - 1) / kKeys * Way::block(s);
   parallel.each(tiles * count * group, [&](int64_t n) {
     NoDenormals fast;

@@ -12,7 +12,7 @@ namespace RAPTAX_ISA {
 // 0 <= x < 0.125 and then four pieces for every power of two, up to 10: where a piece
 // starts, and a polynomial of degree 5 in the distance from there, the constant first. Our
 // own fits, with the least relative error. Looking up is done by other ports than
-// multiplying, which makes this twice as fast as a quotient of polynomials.
+// multiplying; beside tile products a soft cap costs a quarter less than by a quotient.
 alignas(64) constexpr float kTanhPieces[7][32] = {
     {0.0f, 0.125f, 0.15625f, 0.1875f, 0.21875f, 0.25f, 0.3125f, 0.375f, 0.4375f, 0.5f,
     0.625f, 0.75f, 0.875f, 1.0f, 1.25f, 1.5f, 1.75f, 2.0f, 2.5f, 3.0f, 3.5f, 4.0f, 5.0f,

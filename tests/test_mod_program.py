@@ -412,6 +412,20 @@ def test_numbers_of_all_kinds(name):
     np.testing.assert_allclose(actual, expected, rtol=1e-6, atol=2 * tiny)
 
 
+def test_tanh_in_each_of_its_pieces():
+    edges = np.concatenate(
+        [[0.125, 9.02], *np.outer(2.0 ** np.arange(-3, 4), [1, 1.25, 1.5, 1.75])]
+    )
+    edges = edges.astype(np.float32)
+    beside = [np.nextafter(edges, np.float32(to)) for to in (0, 20)]
+    grid = np.linspace(0, 10, 2048 // 2 - 3 * edges.size, dtype=np.float32)
+    x = np.concatenate([edges, *beside, grid])
+    x = np.concatenate([x, -x]).reshape(1, 1, 32, 64)
+    program = mod_program.score_program(lambda s, b, h, q, k: jnp.tanh(s))
+    actual = run(program, jnp.asarray(x), CHANGE)
+    np.testing.assert_allclose(actual, np.tanh(x.astype(np.float64)), rtol=3e-7)
+
+
 @pytest.mark.parametrize("divisor", [0, 1, 2, 3, -3, 7, 8, 2**31 - 1, -(2**31)])
 def test_whole_numbers_divide_as_they_do_in_jax(divisor):
     def mixed(s, b, h, q, k, divide):
