@@ -91,9 +91,11 @@ ffi::Error read(const Operands& x, const ffi::Dictionary& attributes, Forward* t
   RAPTAX_RETURN_IF_ERROR(read_arrays(x, to));
   const Shape& s = to->shape;
   Rules& rules = to->rules;
-  RAPTAX_RETURN_IF_ERROR(get(attributes, "scale", &rules.scale));
-  RAPTAX_RETURN_IF_ERROR(get(attributes, "left", &rules.band.left));
-  RAPTAX_RETURN_IF_ERROR(get(attributes, "right", &rules.band.right));
+  if (!has_shape(x.band, {2}) || !has_shape(x.factors, {2})) {
+    return wrong("there are two limits of the band, and two factors");
+  }
+  rules.band = band_of(x.band.typed_data());
+  rules.scale = x.factors.typed_data()[0];
   rules.start = x.start.typed_data();
   rules.starts = static_cast<int64_t>(x.start.element_count());
   if (rules.starts != 1 && rules.starts != s.B) {
@@ -109,7 +111,7 @@ ffi::Error read(const Operands& x, const ffi::Dictionary& attributes, Forward* t
   if (x.words.element_count() != 0) {
     rules.dropout.words = x.words.typed_data();
     rules.dropout.count = static_cast<int64_t>(x.words.element_count());
-    RAPTAX_RETURN_IF_ERROR(get(attributes, "rate", &rules.dropout.rate));
+    rules.dropout.rate = x.factors.typed_data()[1];
   }
   return ffi::Error::Success();
 }
@@ -134,6 +136,7 @@ namespace {
 
 ffi::Error forward(ffi::ThreadPool pool, ffi::AnyBuffer query, ffi::AnyBuffer key,
                    ffi::AnyBuffer value, ffi::Buffer<ffi::S32> start,
+                   ffi::Buffer<ffi::S32> band, ffi::Buffer<ffi::F32> factors,
                    ffi::Buffer<ffi::S8> kinds, ffi::Buffer<ffi::PRED> mask,
                    ffi::Buffer<ffi::F32> bias, ffi::Buffer<ffi::F32> sinks,
                    ffi::Buffer<ffi::U32> words, ffi::RemainingArgs arrays,
@@ -142,7 +145,8 @@ ffi::Error forward(ffi::ThreadPool pool, ffi::AnyBuffer query, ffi::AnyBuffer ke
   const Kernels* kernels = chosen_kernels();
   if (kernels == nullptr) return wrong("RAPTAX_ISA names nothing that runs here");
   Forward problem;
-  Operands operands = {query, key, value, start, kinds, mask, bias, sinks, words};
+  Operands operands = {query, key,  value, start, band, factors,
+                       kinds, mask, bias,  sinks, words};
   RAPTAX_RETURN_IF_ERROR(read(operands, attributes, &problem));
   Mods mods(arrays);
   RAPTAX_RETURN_IF_ERROR(read_mods(attributes, &mods, &problem.rules));
@@ -168,6 +172,8 @@ RAPTAX_HANDLER(raptax_forward, raptax::forward,
                    .Arg<ffi::AnyBuffer>()          // key
                    .Arg<ffi::AnyBuffer>()          // value
                    .Arg<ffi::Buffer<ffi::S32>>()   // start
+                   .Arg<ffi::Buffer<ffi::S32>>()   // band
+                   .Arg<ffi::Buffer<ffi::F32>>()   // factors
                    .Arg<ffi::Buffer<ffi::S8>>()    // kinds
                    .Arg<ffi::Buffer<ffi::PRED>>()  // mask
                    .Arg<ffi::Buffer<ffi::F32>>()   // bias

@@ -16,6 +16,8 @@ struct Operands {
   ffi::AnyBuffer key;                 // (B, K, S, D)
   ffi::AnyBuffer value;               // (B, K, S, E)
   ffi::Buffer<ffi::S32> start;        // (1) or (B)
+  ffi::Buffer<ffi::S32> band;         // (2): left, right; INT32_MAX is no limit
+  ffi::Buffer<ffi::F32> factors;      // (2): scale of the products, rate of dropout
   ffi::Buffer<ffi::S8> kinds;         // (#B, #H, tiles of queries, tiles of keys)
   ffi::Buffer<ffi::PRED> mask;        // (#B, #H, #T, #S)
   ffi::Buffer<ffi::F32> bias;         // (#B, #H, #T, #S)
@@ -37,8 +39,7 @@ bool has_shape(const Array& x, std::initializer_list<int64_t> axes) {
   return true;
 }
 
-// Reads `operands`, and of `attributes` scale, rate, left, right, tile_queries and
-// tile_keys. Changes nothing but `to`, which points into the operands from then on.
+// Reads `operands`, and of `attributes` tile_queries and tile_keys. Changes nothing but `to`, which points into the operands from then on.
 ffi::Error read(const Operands& operands, const ffi::Dictionary& attributes, Forward* to);
 
 // The programs of masks and of score changes. Rules point into it.

@@ -81,7 +81,8 @@ ffi::Error read_slope(const ffi::Dictionary& attributes, Mods* mods, Program* sl
 }
 
 ffi::Error backward(ffi::ThreadPool pool, Any query, Any key, Any value,
-                    ffi::Buffer<ffi::S32> start, ffi::Buffer<ffi::S8> kinds,
+                    ffi::Buffer<ffi::S32> start, ffi::Buffer<ffi::S32> band,
+                    Floats factors, ffi::Buffer<ffi::S8> kinds,
                     ffi::Buffer<ffi::PRED> mask, Floats bias, Floats sinks,
                     ffi::Buffer<ffi::U32> words, Any out, Floats lse, Any d_out,
                     Floats d_lse, ffi::RemainingArgs arrays, ffi::Result<Any> d_query,
@@ -93,7 +94,8 @@ ffi::Error backward(ffi::ThreadPool pool, Any query, Any key, Any value,
     if (x->element_type() != query.element_type()) return wrong("arrays differ in type");
   }
   Backward p{};
-  const Operands operands = {query, key, value, start, kinds, mask, bias, sinks, words};
+  const Operands operands = {query, key,  value, start, band, factors,
+                             kinds, mask, bias,  sinks, words};
   ffi::Error error = read(operands, attributes, &p.forward);
   if (error.failure()) return error;
   error = read_found({out, lse, d_out, d_lse}, &p);
@@ -121,6 +123,8 @@ RAPTAX_HANDLER(raptax_backward, raptax::backward,
                    .Arg<ffi::AnyBuffer>()          // key
                    .Arg<ffi::AnyBuffer>()          // value
                    .Arg<ffi::Buffer<ffi::S32>>()   // start
+                   .Arg<ffi::Buffer<ffi::S32>>()   // band
+                   .Arg<ffi::Buffer<ffi::F32>>()   // factors
                    .Arg<ffi::Buffer<ffi::S8>>()    // kinds
                    .Arg<ffi::Buffer<ffi::PRED>>()  // mask
                    .Arg<ffi::Buffer<ffi::F32>>()   // bias

@@ -37,6 +37,12 @@ struct Band {
   int64_t right = kUnlimited;
 };
 
+// The band that two numbers (left, right) say; INT32_MAX is no limit.
+inline Band band_of(const int32_t* limits) {
+  const auto limit = [](int32_t n) { return n == INT32_MAX ? Band::kUnlimited : n; };
+  return {limit(limits[0]), limit(limits[1])};
+}
+
 enum Kind : int8_t { kEmpty = 0, kPartial = 1, kFull = 2 };
 
 // What the whole mask (band and program, not the mask array) leaves of tile (i, j) of

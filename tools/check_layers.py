@@ -12,7 +12,7 @@ from pathlib import Path
 
 PACKAGE = "raptax"
 FLOORS = [
-    ["_types", "_errors", "_pytree", "_linear"],
+    ["_types", "_errors", "_pytree", "_linear", "_manual_axes"],
     ["mods", "intervals", "block_mask", "rope", "quant"],
     ["kernels"],
     ["dispatch", "varlen", "ring", "names"],

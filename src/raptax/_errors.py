@@ -96,11 +96,12 @@ def check_sinks(sinks: jax.Array | None, heads: int) -> None:
         )
 
 
-def check_dropout(rng: Any, rate: float, deterministic: bool) -> None:
+def check_dropout(rng: Any, rate: Any, deterministic: bool) -> None:
     """Raises ValueError unless dropout can be applied as asked."""
-    if not 0 <= rate < 1:
+    known = not isinstance(rate, jax.core.Tracer)
+    if known and not 0 <= rate < 1:
         raise ValueError(f"dropout_rate={rate} must lie in [0, 1).")
-    if rate and not deterministic and rng is None:
+    if not (known and rate == 0) and not deterministic and rng is None:
         raise ValueError(
             f"dropout_rate={rate} with deterministic=False needs a dropout_rng."
         )

@@ -44,11 +44,12 @@ def linear(
     """
     fixed, fixed_tree = jax.tree.flatten(residuals)
     moved, moved_tree = jax.tree.flatten(tangents)
+    known = len(fixed)  # the functions outlive the arrays, and must not hold them
     out_tree = jax.tree.structure(jax.eval_shape(run, residuals, tangents))
 
     def flat(function: Function, tree: Any) -> Function:
         def call(*args: jax.Array) -> list[jax.Array]:
-            first, second = args[: len(fixed)], args[len(fixed) :]
+            first, second = args[:known], args[known:]
             outs = function(
                 jax.tree.unflatten(fixed_tree, first), jax.tree.unflatten(tree, second)
             )
@@ -60,7 +61,7 @@ def linear(
     (run, transpose), (plain_run, plain_transpose) = (
         (flat(there, moved_tree), flat(back, out_tree)) for there, back in pairs
     )
-    call = _Call(len(fixed), run, transpose, plain_run, plain_transpose)
+    call = _Call(known, run, transpose, plain_run, plain_transpose)
     return jax.tree.unflatten(out_tree, _bind(call, [*fixed, *moved]))
 
 

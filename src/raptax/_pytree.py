@@ -13,11 +13,17 @@ import jax
 import numpy as np
 
 T = TypeVar("T")
+_TYPES: set[type] = set()
 
 
 def static(**kwargs: Any) -> Any:
     """A field that is part of the type's structure: jit compiles for each value of it."""
     return dataclasses.field(metadata={"static": True}, **kwargs)
+
+
+def is_value(x: Any) -> bool:
+    """Whether the type of ``x`` is one that `pytree` made."""
+    return type(x) in _TYPES
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -50,6 +56,7 @@ def pytree(cls: type[T]) -> type[T]:
     cls.__eq__ = _equal  # type: ignore[method-assign]
     cls.__hash__ = _hash  # type: ignore[method-assign]
     _register(cls)
+    _TYPES.add(cls)
     return no_type_check(cls)  # shapes or specs may stand where arrays stood
 
 

@@ -16,6 +16,7 @@ be looked at.
 Positions, lengths and ids may be traced. New values of them compile nothing anew.
 """
 
+import dataclasses
 import functools
 import math
 from typing import Any, NamedTuple
@@ -31,6 +32,7 @@ from ._pytree import pytree, static
 from ._types import Indices, MaskMod, position_indices
 from .intervals import Interval, analyse, exactly
 from .mods import apply_mask, as_mod
+from .mods.functions import trace_functions
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
 
@@ -131,8 +133,8 @@ def create_block_mask(
 
     Query ``t`` stands at ``query_start + t``, which is ``seq_kv - seq_q`` unless given,
     and may be one number per sequence. Sequences or heads that all see the same share
-    an axis of length 1. A plain function is compiled once, like one given to
-    ``jax.jit``: what changes between calls must be traced, or belong to a mask value.
+    an axis of length 1. Tiles are decided for what a plain function captures now; when
+    that changes, a new block mask is needed.
     """
     sizes = dict(batch=batch, heads=heads, seq_q=seq_q, seq_kv=seq_kv)
     for name, size in sizes.items():
@@ -151,7 +153,9 @@ def create_block_mask(
     if 0 in sizes.values():
         kinds = jnp.zeros((1, 1, *grid.shape), jnp.int8)
         return BlockMask(kinds, mask_mod, start, block, grid.lengths, batch, heads)
-    return _create(mask_mod, start, grid, batch, heads)
+    at = jax.eval_shape(lambda: _one_score(start, batch, heads))
+    made = _create(trace_functions(mask_mod, *at), start, grid, batch, heads)
+    return dataclasses.replace(made, mask_mod=mask_mod)  # with its numbers, not arrays
 
 
 class Grid(NamedTuple):
@@ -249,7 +253,8 @@ def _by_intervals(
     Both are (QT, KT, B, H), or None where the mask as a whole has no bounds.
     """
     b_idx, h_idx, q_idx, kv_idx = _one_score(start, *rows)
-    closed = jax.make_jaxpr(mask_mod)(b_idx, h_idx, q_idx, kv_idx)
+    evaluate = functools.partial(apply_mask, mask_mod)
+    closed = jax.make_jaxpr(evaluate)(b_idx, h_idx, q_idx, kv_idx)
 
     def tile(queries: Interval, keys: Interval) -> Interval:
         q = Interval(q_idx + queries.lo, q_idx + queries.hi)

@@ -19,6 +19,7 @@ from ._errors import (
 from ._types import Attended, DropoutKey, MaskMod, ScoreMod
 from .block_mask import BlockMask
 from .kernels import KERNELS, Kernel, paged
+from .kernels.problem import traced_mods
 from .mods import Causal, KeyLengths, QueryLengths, Segments, and_masks, split_mask
 
 SegmentIds = Int[Array, "B S"] | tuple[Int[Array, "B T"], Int[Array, "B S"]]
@@ -85,7 +86,7 @@ def attention(
         deterministic=deterministic,
         return_lse=return_lse,
     )
-    problem = _as_problem(query, key, value, options)
+    problem = _traced(query, key, _as_problem(query, key, value, options))
     chosen = _choose(kernel, query, key, value, problem)
     return chosen.run(query, key, value, **problem)
 
@@ -132,6 +133,16 @@ def _as_problem(
         masks.append(QueryLengths(start + queries))
     mask_mod = and_masks(*masks) if masks else None
     return problem | dict(mask_mod=mask_mod, score_mod=score_mod, query_start=start)
+
+
+def _traced(
+    query: jax.Array, key: jax.Array, problem: dict[str, Any]
+) -> dict[str, Any]:
+    """``problem`` with its functions traced, once for all kernels that are asked."""
+    start = problem.get("query_start")
+    mods = problem.get("mask_mod"), problem.get("score_mod")
+    mask_mod, score_mod = traced_mods(*mods, query, key.shape[2], start)
+    return problem | dict(mask_mod=mask_mod, score_mod=score_mod)
 
 
 def _segments(ids: SegmentIds, start: Any, shape: tuple[int, int, int]) -> Segments:
@@ -183,7 +194,7 @@ def explain(
     """
     if unknown := options.keys() - inspect.signature(attention).parameters:
         raise TypeError(f"attention() takes no {choices(sorted(unknown))}.")
-    problem = _as_problem(query, key, value, options)
+    problem = _traced(query, key, _as_problem(query, key, value, options))
     candidates, lines, taken = _candidates(kernel), [], False
     for candidate in KERNELS:
         reason = candidate.why_not(query, key, value, **problem)

@@ -23,21 +23,22 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from .._errors import check_bias, check_mask, check_qkv, check_sinks
 from .._linear import linear
+from .._manual_axes import same_manual_axes
 from .._types import Attended, DropoutKey, Indices, MaskMod, ScoreMod
-from ..block_mask import BlockMask, Grid, first_position, tile_kinds
-from ..mods import apply_mask, apply_score, as_mod, with_scale
-from .dropout import Dropout
+from ..block_mask import BlockMask, Grid, tile_kinds
+from ..mods import apply_mask, apply_score
+from .partition import partitioned
+from .problem import AttentionParams, named, with_lengths
 from .softmax import Running, accumulator, finite, poison
 from .tiles import (
-    MANY_TILES,
     Fixed,
     Inputs,
     Plan,
     Problem,
     Tile,
     cut,
+    cut_short,
     gather_rows,
     lift,
     put,
@@ -45,6 +46,7 @@ from .tiles import (
     times_keys,
     times_values,
 )
+from .wide import widened
 
 
 def blockwise_attention(
@@ -70,79 +72,67 @@ def blockwise_attention(
     float32, as FlashAttention does. Derivatives of first order, in either direction,
     take O(S) memory. A gradient of a gradient stores the weights of every tile.
     """
-    check_qkv(query, key, value)
-    B, H, T, D = query.shape
-    S, E = value.shape[2:]
-    check_mask(mask, (B, H, T, S))
-    check_bias(bias, (B, H, T, S))
-    check_sinks(sinks, H)
-    dropout = Dropout.create(dropout_rng, dropout_rate, deterministic)
-    query_start = first_position(mask_mod, query_start, (B, H, T, S))
-    if 0 in (B, H, T, S, D, E):
-        return _nothing_to_see(query, E, sinks, return_lse)
-    scale, score_mod = with_scale(D**-0.5 if scale is None else scale, score_mod)
-    out, lse = _blockwise(
+    params = AttentionParams.create(
         query,
         key,
         value,
-        query_start,
         mask=mask,
-        mask_mod=as_mod(mask_mod),
+        mask_mod=mask_mod,
         score_mod=score_mod,
         bias=bias,
         sinks=sinks,
-        dropout=dropout,
         scale=scale,
+        query_start=query_start,
+        dropout_rng=dropout_rng,
+        dropout_rate=dropout_rate,
+        deterministic=deterministic,
     )
+    if nothing_to_see(query, key, value):
+        out, lse = empty_result(query, value, sinks)
+    else:
+        out, lse = _blockwise(query, key, value, params)
     return (out, lse) if return_lse else out
 
 
-def _nothing_to_see(query, size, sinks, return_lse):
-    """The output where no array has an entry to attend to."""
+def nothing_to_see(query: jax.Array, key: jax.Array, value: jax.Array) -> bool:
+    """Whether no array has an entry to attend to."""
+    return 0 in (*query.shape, *key.shape, *value.shape)
+
+
+def empty_result(
+    query: jax.Array, value: jax.Array, sinks: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """``(out, log-sum-exp)`` where there is `nothing_to_see`."""
     shape, dtype = query.shape[:3], accumulator(query.dtype)
-    out = jnp.zeros((*shape, size), query.dtype)
+    out = jnp.zeros((*shape, value.shape[3]), query.dtype)
     sink = (
         jnp.array(-jnp.inf, dtype)
         if sinks is None
         else sinks.astype(dtype)[None, :, None]
     )
-    return (out, jnp.broadcast_to(sink, shape)) if return_lse else out
+    return out, jnp.broadcast_to(sink, shape)
 
 
-@functools.partial(jax.jit, static_argnames="scale")
-def _blockwise(query, key, value, start, *, scale, **problem):
-    arrays = query, key, value, jnp.asarray(start, jnp.int32).reshape(-1), problem
-    return _attend(*_prepare(scale, *_same_manual_axes(arrays)))
+@jax.jit
+@partitioned
+@with_lengths
+def _blockwise(query, key, value, params):
+    return _attend(*prepare(*same_manual_axes((query, key, value, params))))
 
 
-def _same_manual_axes(tree: Any) -> Any:
-    """Inside shard_map, every array varies over the mesh axes that any of them does.
-
-    Loops start from zeros made like these arrays, and must end with the same type.
-    """
-    if not jax.sharding.get_abstract_mesh().manual_axes:
-        return tree
-    zeros = (jnp.zeros_like(x, jnp.int32, shape=()) for x in jax.tree.leaves(tree))
-    zero = functools.reduce(jnp.add, zeros)
-
-    def vary(x: jax.Array) -> jax.Array:
-        like = zero.astype(x.dtype)
-        return x | like if x.dtype == bool else x + like
-
-    return jax.tree.map(vary, tree)
-
-
-def _prepare(scale, query, key, value, start, problem):
-    """The arguments of `_attend`."""
-    B, H, T, _ = query.shape
-    S = key.shape[2]
+def prepare(
+    query: jax.Array, key: jax.Array, value: jax.Array, params: AttentionParams
+) -> tuple[Problem, Fixed, Inputs]:
+    """The arguments of `_attend`, whose arrays are those of this trace."""
+    (B, H, T, _), S, dtype = query.shape, key.shape[2], accumulator(query.dtype)
+    start = jnp.asarray(params.start, jnp.int32).reshape(-1)
     tile, kinds = tile_sizes(B, H, T, S), None
-    mask_mod, score_mod = problem["mask_mod"], problem["score_mod"]
+    mask_mod, score_mod = params.mask_mod, params.score_mod
     if isinstance(mask_mod, BlockMask):
         tile = Tile(min(mask_mod.block[0], T), min(mask_mod.block[1], S))
         mask_mod, kinds = mask_mod.mask_mod, mask_mod.kinds
-    rules = Problem(tile, (B, H, T, S), scale)
-    if kinds is None and mask_mod is not None and rules.tiles >= MANY_TILES:
+    rules = Problem(tile, (B, H, T, S))
+    if kinds is None and mask_mod is not None and rules.many_tiles:
         kinds = tile_kinds(mask_mod, start, Grid(tile, (T, S)), B, H)
     at = rules.indices(start, 0, 0)
     allow_arrays: list[jax.Array] = []
@@ -151,23 +141,37 @@ def _prepare(scale, query, key, value, start, problem):
         allow, allow_arrays = lift(functools.partial(apply_mask, mask_mod), *at)
         rules = rules._replace(allow=allow)
     if score_mod is not None:
-        scores = jnp.zeros_like(query, accumulator(query.dtype), shape=(B, H, *tile))
+        scores = jnp.zeros_like(query, dtype, shape=(B, H, *tile))
         apply = functools.partial(apply_score, score_mod)
         change, change_arrays = lift(apply, scores, *at)
-        learned = tuple(jnp.issubdtype(x.dtype, jnp.inexact) for x in change_arrays)
+        leaves = zip(jax.tree.leaves(score_mod), params.numbers, strict=True)
+        numbers = [x for x, is_number in leaves if is_number]
+        learned = tuple(
+            jnp.issubdtype(x.dtype, jnp.inexact) and not any(x is n for n in numbers)
+            for x in change_arrays
+        )
         rules = rules._replace(change=change, learned=learned)
-    floats = [x for x in change_arrays if jnp.issubdtype(x.dtype, jnp.inexact)]
-    others = [x for x in change_arrays if not jnp.issubdtype(x.dtype, jnp.inexact)]
+    apart: dict[bool, list[jax.Array]] = {True: [], False: []}
+    for x, is_learned in zip(change_arrays, rules.learned, strict=True):
+        apart[is_learned].append(x)
     plan = None if kinds is None else Plan.create(kinds)
-    mask, dropout = problem["mask"], problem["dropout"]
-    fixed = Fixed(start, mask, allow_arrays, others, dropout, plan)
-    bias, sinks = problem["bias"], problem["sinks"]
-    return rules, fixed, Inputs(query, key, value, bias, sinks, floats)
+    scale = None if params.scale is None else jnp.asarray(params.scale).astype(dtype)
+    fixed = Fixed(
+        start, params.mask, allow_arrays, apart[False], params.dropout, plan, scale
+    )
+    inputs = Inputs(query, key, value, params.bias, params.sinks, apart[True])
+    return rules, fixed, inputs
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _attend(problem: Problem, fixed: Fixed, inputs: Inputs):
-    """``(out, log-sum-exp)``: (B, H, T, E) and (B, H, T)."""
+    return forward(problem, fixed, inputs)
+
+
+def forward(
+    problem: Problem, fixed: Fixed, inputs: Inputs
+) -> tuple[Float[Array, "B H T E"], Float[Array, "B H T"]]:
+    """``(out, log-sum-exp)``, without a derivative."""
     query, learned = inputs.query, inputs.learned
     B, H, T, _ = query.shape
     E, dtype = inputs.value.shape[3], accumulator(query.dtype)
@@ -180,7 +184,7 @@ def _attend(problem: Problem, fixed: Fixed, inputs: Inputs):
         def visit(j, allowed, state):
             at = problem.indices(fixed.start, i, j)
             k, v, nan = columns.cut(problem, j)
-            base = times_keys(q, k) * problem.scale + nan[:, :, None]
+            base = fixed.scaled(times_keys(q, k)) + nan[:, :, None]
             if inputs.bias is not None:
                 base += problem.of_tile(inputs.bias, i, j).astype(dtype)
             scores = problem.scores(fixed, learned, base, at)
@@ -191,7 +195,7 @@ def _attend(problem: Problem, fixed: Fixed, inputs: Inputs):
         zeros = jnp.zeros_like(query, dtype, shape=(B, H, tile.queries))
         state = Running.empty(zeros, E, inputs.sinks)
         out, lse = problem.over_keys(fixed, i, visit, state).finish()
-        if T % tile.queries:
+        if cut_short(T, tile.queries):
             first = problem.first_time(i)
             out = out.astype(query.dtype)
             out = jnp.where(first, out, cut(outputs[0], t, tile.queries))
@@ -208,7 +212,7 @@ def _attend(problem: Problem, fixed: Fixed, inputs: Inputs):
 @_attend.defjvp
 def _attend_jvp(problem: Problem, primals, tangents):
     fixed, inputs = primals
-    out, lse = _attend(problem, fixed, inputs)
+    out, lse = named(*_attend(problem, fixed, inputs))
     plain = problem._replace(reversible=True)
     moved = linear(
         functools.partial(_tangent, problem),
@@ -261,7 +265,7 @@ class Weights(NamedTuple):
         fixed, inputs, _, lse = known
         t, at = problem.rows(i), problem.indices(fixed.start, i, j)
         q = cut(inputs.query, t, problem.tile.queries)
-        base = times_keys(q, columns.keys) * problem.scale + columns.nan[:, :, None]
+        base = fixed.scaled(times_keys(q, columns.keys)) + columns.nan[:, :, None]
         if inputs.bias is not None:
             base += problem.of_tile(inputs.bias, i, j).astype(base.dtype)
 
@@ -302,7 +306,7 @@ def _tangent(problem: Problem, known: Known, moved: Inputs):
             )
             found = Weights.again(problem, known, i, j, allowed, near)
             d_base = times_keys(d_q, near.keys) + times_keys(finite(q), d_k)
-            d_base *= problem.scale
+            d_base = fixed.scaled(d_base)
             if moved.bias is not None:
                 d_base += problem.of_tile(moved.bias, i, j).astype(dtype)
             _, d_scores = jax.jvp(
@@ -345,6 +349,7 @@ def _backward(problem: Problem, known: Known, cotangents) -> Inputs:
     dtype, tile, kv_heads = lse.dtype, problem.tile, inputs.key.shape[1]
     delta = jnp.einsum("bhte,bhte->bht", d_out.astype(dtype), out.astype(dtype)) - d_lse
     d_out, query, columns = finite(d_out), finite(inputs.query), Columns.of(inputs)
+    learned = [widened(x) for x in inputs.learned]  # their gradients are sums of many
 
     def query_tile(i, sums):
         t = problem.rows(i)
@@ -355,11 +360,11 @@ def _backward(problem: Problem, known: Known, cotangents) -> Inputs:
             found = Weights.again(problem, known, i, j, allowed, near)
             d_weights = fixed.drop(times_keys(d_o, near.values), found.at)
             d_v = gather_rows(fixed.drop(found.weights, found.at), d_o, kv_heads)
-            _, pull = jax.vjp(found.scores, inputs.learned, found.base)
+            _, pull = jax.vjp(found.scores, learned, found.base)
             d_learned, d_base = pull(found.weights * (d_weights - d_row[..., None]))
             if allowed is not None:  # a steep change may make 0 * inf of what is masked
                 d_base = jnp.where(allowed, d_base, 0)
-            d_raw = d_base * problem.scale
+            d_raw = fixed.scaled(d_base)
             d_bias = sums.bias
             if d_bias is not None:
                 d_bias = add_to_bias(problem, d_bias, d_base, i, j)
@@ -376,7 +381,7 @@ def _backward(problem: Problem, known: Known, cotangents) -> Inputs:
 
     zeros = inputs._replace(learned=[])
     zeros = jax.tree.map(lambda x: jnp.zeros_like(x, dtype), zeros)
-    zeros = zeros._replace(learned=[jnp.zeros_like(x) for x in inputs.learned])
+    zeros = zeros._replace(learned=[jnp.zeros_like(x) for x in learned])
     sums = lax.fori_loop(0, problem.grid[0], query_tile, zeros)
     if inputs.sinks is not None:
         sums = sums._replace(sinks=-(_sink_weights(known) * delta).sum((0, 2)))

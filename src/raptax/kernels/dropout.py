@@ -7,10 +7,10 @@ are absolute, so decode drops what one pass over the whole sequence would.
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, UInt32
+from jaxtyping import Array, Float, UInt32
 
 from .._errors import check_dropout
-from .._pytree import pytree, static
+from .._pytree import pytree
 from .._types import DropoutKey, Indices
 
 
@@ -19,11 +19,14 @@ class Dropout:
     """Drops each weight with probability ``rate``, by a hash that ``words`` begin."""
 
     words: UInt32[Array, " words"]
-    rate: float = static()
+    rate: float | Float[Array, ""]
 
     @classmethod
     def create(
-        cls, rng: DropoutKey | None, rate: float, deterministic: bool
+        cls,
+        rng: DropoutKey | None,
+        rate: float | Float[Array, ""],
+        deterministic: bool,
     ) -> "Dropout | None":
         """None when nothing is to be dropped.
 
@@ -31,7 +34,11 @@ class Dropout:
             ValueError: A rate outside ``[0, 1)``, or a key that is missing.
         """
         check_dropout(rng, rate, deterministic)
-        if rng is None or not rate or deterministic:
+        if (
+            rng is None
+            or deterministic
+            or (isinstance(rate, (int, float)) and not rate)
+        ):
             return None
         if jnp.issubdtype(rng.dtype, jax.dtypes.prng_key):
             rng = jax.random.key_data(rng)
@@ -43,7 +50,8 @@ class Dropout:
         for word in (*self.words, *indices):
             state = _mix(state ^ word.astype(jnp.uint32)) + jnp.uint32(0x9E3779B9)
         uniform = (state >> jnp.uint32(8)).astype(jnp.float32) * jnp.float32(2.0**-24)
-        factor = jnp.where(uniform >= self.rate, jnp.float32(1 / (1 - self.rate)), 0)
+        rate = jnp.asarray(self.rate, jnp.float32)
+        factor = jnp.where(uniform >= rate, 1 / (1 - rate), 0)
         return weights * factor.astype(weights.dtype)
 
 

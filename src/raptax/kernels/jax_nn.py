@@ -1,5 +1,7 @@
 """`jax.nn.dot_product_attention`: on NVIDIA GPUs, cuDNN's fused kernel."""
 
+from typing import Any
+
 import jax
 from jaxtyping import Array, Bool, Float, Int
 
@@ -31,6 +33,8 @@ def why_not_jax_nn(query: jax.Array, key: jax.Array, value: jax.Array, **problem
         return "it lets the first query see the first key when lengths differ"
     if mask_mod is not None and problem.get("query_start") is not None:
         return "it knows no query_start"
+    if isinstance(mask_mod, SlidingWindow) and not isinstance(mask_mod.size, int):
+        return "its window is a number, not an array"
     if isinstance(problem.get("scale"), jax.Array):
         return "its scale is a number, not an array"
     if query.shape[3] != value.shape[3]:
@@ -86,7 +90,9 @@ def jax_nn_attention(
     key = key + poison(value, key.dtype)[..., None]
     dtype = query.dtype if jax.default_backend() == "gpu" else accumulator(query.dtype)
     q, k, v = (x.swapaxes(1, 2).astype(dtype) for x in (query, key, finite(value)))
-    window = (mask_mod.size - 1, 0) if isinstance(mask_mod, SlidingWindow) else None
+    window: Any = None
+    if isinstance(mask_mod, SlidingWindow):
+        window = mask_mod.size - 1, 0
     causal = mask_mod is not None
     out = jax.nn.dot_product_attention(
         q, k, v, scale=scale, is_causal=causal, local_window_size=window

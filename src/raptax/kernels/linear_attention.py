@@ -29,6 +29,7 @@ from .._errors import Unsupported, check_dropout, check_mask, check_qkv
 from .._pytree import pytree
 from .._types import DropoutKey, MaskMod, ScoreMod
 from ..mods import Causal, as_mod
+from ..mods.functions import trace_functions
 from .softmax import accumulator, finite, poison
 from .tiles import by_group
 
@@ -112,9 +113,9 @@ def linear_attention(
             one pass. Without causal, ``S`` may be 0: queries then read the state alone.
         return_state: Also return the state after all keys.
         feature_map: ``phi``, from the head size to any number of features; see
-            `FeatureMap`. A function, which jit compiles for once, or a callable pytree,
-            whose arrays then have gradients. Its values should be positive: a row whose
-            weights sum to exactly 0 is 0.
+            `FeatureMap`. A function, or any callable. It is traced on every call, and
+            arrays that it carries or captures have gradients. Its values should be
+            positive: a row whose weights sum to exactly 0 is 0.
         mask: Of keys, (#B, 1, 1, #S). A masked key adds nothing, to the state neither.
         mask_mod: `Causal` or None.
 
@@ -146,7 +147,9 @@ def linear_attention(
     if not callable(feature_map):
         raise ValueError(f"feature_map must be callable; got {feature_map!r}.")
     arrays = query, key, value, mask, state
-    out, state = _linear_attention(*arrays, as_mod(feature_map), causal=causal)
+    like = jax.ShapeDtypeStruct(key.shape, accumulator(key.dtype))
+    feature_map = trace_functions(as_mod(feature_map), like)
+    out, state = _linear_attention(*arrays, feature_map, causal=causal)
     return (out, state) if return_state else out
 
 

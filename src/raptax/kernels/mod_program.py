@@ -73,14 +73,14 @@ def mask_program(mask_mod: MaskMod) -> ModProgram:
     return _translate(functools.partial(apply_mask, mask_mod), "mask_mod")
 
 
-def score_program(score_mod: ScoreMod, *, scale: float = 1.0) -> ModProgram:
+def score_program(score_mod: ScoreMod, *, scale: Any = None) -> ModProgram:
     """The program of ``score_mod(scale * x)``. Raises as `mask_program` does.
 
     A kernel that leaves the scale to the program saves a pass over the scores.
     """
 
     def change(scores, *at):
-        return apply_score(score_mod, scores if scale == 1.0 else scale * scores, *at)
+        return apply_score(score_mod, scores if scale is None else scale * scores, *at)
 
     return _translate(change, "score_mod")
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from .._manual_axes import same_manual_axes
 from .mod_code import ANY, YES_OR_NO, Range
 from .mod_rules import ELEMENTWISE, Decline, small
 
@@ -64,9 +65,14 @@ def merged(eqn: Any, formulas: list[Formula], ndim: int) -> tuple[str, ...]:
     return tuple(axes)
 
 
+VARY = ("pvary", "pcast")  # in a shard_map: the same numbers, of another type
+
+
 def outside(eqn: Any, ins: list[Known]) -> list[Known]:
     """An operation on arrays alone, done at once and not by the program."""
     name, avals = eqn.primitive.name, [v.aval for v in eqn.outvars]
+    if name in VARY:
+        return ins
     if all(x.written for x in ins):
         values = _written(eqn, [x.value for x in ins])
     else:
@@ -104,7 +110,7 @@ def _written(eqn: Any, values: list[Any]) -> list[Any]:
 
 def _bind(eqn: Any, values: list[Any]) -> list[Any]:
     values = [jnp.asarray(v) if isinstance(v, np.ndarray) else v for v in values]
-    outs = eqn.primitive.bind(*values, **eqn.params)
+    outs = eqn.primitive.bind(*same_manual_axes(values), **eqn.params)
     return list(outs) if eqn.primitive.multiple_results else [outs]
 
 
@@ -250,4 +256,5 @@ MOVES: dict[str, Callable[..., Formula]] = {
     "copy": lambda eqn, x: x,
     "copy_p": lambda eqn, x: x,
     "optimization_barrier": lambda eqn, x: x,
+    **dict.fromkeys(VARY, lambda eqn, x: x),
 }

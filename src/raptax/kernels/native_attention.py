@@ -15,14 +15,14 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from .._errors import Unsupported, check_bias, check_mask, check_qkv, check_sinks
+from .._errors import Unsupported
 from .._linear import linear
+from .._manual_axes import same_manual_axes, varying_like
 from .._types import Attended, DropoutKey, MaskMod, ScoreMod
-from ..block_mask import BlockMask, Grid, first_position, tile_kinds
-from ..mods import Causal, SlidingWindow, Window, as_mod, with_scale
+from ..block_mask import BlockMask, Grid, tile_kinds
+from ..mods import Causal, SlidingWindow, Window
 from ..mods.combine import And
 from . import blockwise
-from .dropout import Dropout
 from .mod_program import (
     NOTHING,
     ModProgram,
@@ -32,9 +32,12 @@ from .mod_program import (
 )
 from .native import why_missing
 from .native_backward import native_backward
-from .tiles import MANY_TILES, Fixed, Inputs, Problem
+from .partition import partitioned
+from .per_platform import per_platform
+from .problem import AttentionParams, named, traced_mods, with_lengths
+from .tiles import Fixed, Inputs, Problem, Tile
 
-UNLIMITED = 2**40
+UNLIMITED = 2**31 - 1  # as an operand; csrc/problem.h has Band::kUnlimited
 TILE = (128, 128)  # kQueries and kKeys of csrc/forward.inl
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
@@ -49,8 +52,32 @@ def why_not_native(
         return f"it runs on CPUs; these arrays are on a {platform}"
     if query.dtype not in DTYPES:
         return f"it computes in float32; {query.dtype} asks for more"
+    start = problem.get("query_start")
+    mods = problem.get("mask_mod"), problem.get("score_mod")
+    return why_not_mods(*traced_mods(*mods, query, key.shape[2], start))
+
+
+def why_not_mods(mask_mod: Any, score_mod: Any) -> str | None:
+    """Why the mods cannot be written as programs, in one sentence; None if they can.
+
+    Decided once for all mods of the same structure, with arrays of the same shapes. A
+    plain function is decided where it is traced; see `mods.functions`.
+    """
+    leaves, structure = jax.tree.flatten((mask_mod, score_mod))
+    avals = tuple(jax.typeof(x) for x in leaves)
+    like = tuple((x.shape, x.dtype, x.weak_type) for x in avals)
+    x64 = jnp.dtype(float) == jax.dtypes.canonicalize_dtype(float)
+    return _why_not_written(structure, like, x64)
+
+
+@functools.lru_cache(maxsize=4096)
+def _why_not_written(structure: Any, like: Any, x64: bool) -> str | None:
+    def write(leaves: Any) -> Any:
+        return _programs(*jax.tree.unflatten(structure, leaves))
+
+    avals = [jax.ShapeDtypeStruct(s, d, weak_type=weak) for s, d, weak in like]
     try:
-        _programs(as_mod(problem.get("mask_mod")), as_mod(problem.get("score_mod")))
+        jax.eval_shape(write, avals)
     except Unsupported as reason:
         return str(reason)
     return None
@@ -90,42 +117,39 @@ def native_attention(
     numbers go in three bfloat16 parts, and those below 1e-30 lose digits. Two runs agree
     to the bit, whatever the number of threads and whatever else is in the batch.
     """
-    check_qkv(query, key, value)
-    B, H, T, D = query.shape
-    S, E = value.shape[2:]
-    check_mask(mask, (B, H, T, S))
-    check_bias(bias, (B, H, T, S))
-    check_sinks(sinks, H)
-    dropout = Dropout.create(dropout_rng, dropout_rate, deterministic)
-    query_start = first_position(mask_mod, query_start, (B, H, T, S))
-    if (reason := why_not_native(query, key, value)) is not None:
+    params = AttentionParams.create(
+        query,
+        key,
+        value,
+        mask=mask,
+        mask_mod=mask_mod,
+        score_mod=score_mod,
+        bias=bias,
+        sinks=sinks,
+        scale=scale,
+        query_start=query_start,
+        dropout_rng=dropout_rng,
+        dropout_rate=dropout_rate,
+        deterministic=deterministic,
+    )
+    mods = dict(mask_mod=params.mask_mod, score_mod=params.score_mod)
+    if (reason := why_not_native(query, key, value, **mods)) is not None:
         raise Unsupported(f"native cannot run this: {reason}.")
-    if 0 in (B, H, T, S, D, E):
-        return blockwise._nothing_to_see(query, E, sinks, return_lse)
-    scale, score_mod = with_scale(D**-0.5 if scale is None else scale, score_mod)
-    try:
-        out, lse = _native(
-            query,
-            key,
-            value,
-            query_start,
-            mask=mask,
-            mask_mod=as_mod(mask_mod),
-            score_mod=score_mod,
-            bias=bias,
-            sinks=sinks,
-            dropout=dropout,
-            scale=scale,
-        )
-    except Unsupported as reason:  # of the programs, which are written while tracing
-        raise Unsupported(f"native cannot run this: {reason}.") from None
+    if blockwise.nothing_to_see(query, key, value):
+        out, lse = blockwise.empty_result(query, value, sinks)
+    else:
+        out, lse = _native(query, key, value, params)
     return (out, lse) if return_lse else out
 
 
 # ----------------------------------------------------------------------- what C++ is told
 
 
-def split_band(mask_mod: Any) -> tuple[int, int, Any]:
+Limit = int | Int[Array, ""]
+"""A number of keys, known to Python or not."""
+
+
+def split_band(mask_mod: Any) -> tuple[Limit, Limit, Any]:
     """``(left, right, rest)``: keys q - left .. q + right, of which ``rest`` is left.
 
     A rest of None leaves all of them.
@@ -146,11 +170,22 @@ def split_band(mask_mod: Any) -> tuple[int, int, Any]:
     if isinstance(mask_mod, And):
         *first, rest = split_band(mask_mod.first)
         *second, other = split_band(mask_mod.second)
-        left, right = map(min, first, second)
+        left, right = map(_nearer, first, second)
         if rest is None or other is None:
             return left, right, other if rest is None else rest
         return left, right, And(rest, other)
     return UNLIMITED, UNLIMITED, mask_mod
+
+
+def _nearer(a: Limit, b: Limit) -> Limit:
+    if isinstance(a, int) and isinstance(b, int):
+        return min(a, b)
+    return jnp.minimum(jnp.asarray(a, jnp.int32), jnp.asarray(b, jnp.int32))
+
+
+def band_operand(left: Limit, right: Limit) -> Int[Array, "2"]:
+    """Both limits as C++ reads them."""
+    return jnp.stack([jnp.asarray(n, jnp.int32).reshape(()) for n in (left, right)])
 
 
 def _programs(mask_mod: Any, score_mod: Any) -> tuple[ModProgram, ModProgram]:
@@ -164,14 +199,14 @@ def _programs(mask_mod: Any, score_mod: Any) -> tuple[ModProgram, ModProgram]:
     return mask, NOTHING if score_mod is None else score_program(score_mod)
 
 
-def _scaled(score_mod: Any, scale: float, bias: Any) -> tuple[int, ...] | None:
-    """The code of ``score_mod(scale * x)``, which saves C++ a pass over the scores.
+def _scaled(score_mod: Any, scale: Any, bias: Any) -> ModProgram | None:
+    """The program of ``score_mod(scale * x)``, which saves C++ a pass over the scores.
 
-    None where a bias comes between the two. The arrays are those of `_programs`.
+    None where there is no scale, or a bias comes between the two.
     """
-    if score_mod is None or bias is not None:
+    if score_mod is None or scale is None or bias is not None:
         return None
-    return score_program(score_mod, scale=scale).code
+    return score_program(score_mod, scale=scale)
 
 
 def _slope(score_mod: Any) -> ModProgram | None:
@@ -185,157 +220,152 @@ def _slope(score_mod: Any) -> ModProgram | None:
 
 
 class Call(NamedTuple):
-    """The static half of a call into C++; see ffi_attention.h for the names."""
+    """The static half of a call into C++; see ffi_attention.h for the names.
 
-    scale: float
-    left: int
-    right: int
+    Code and how many arrays it reads, of the mask, the score_mod, its slope, and the
+    score_mod after the scale. ``slope`` is None where gradients are left to blockwise,
+    ``scaled`` where the scale is not left to a program.
+    """
+
     tile: tuple[int, int]
-    rate: float
-    mask_code: tuple[int, ...]
-    mask_arrays: int
-    score_code: tuple[int, ...]
-    score_arrays: int
-    slope_code: tuple[int, ...] | None  # None: gradients are left to blockwise
-    scaled_code: tuple[int, ...] | None  # see _scaled
+    mask: tuple[tuple[int, ...], int]
+    score: tuple[tuple[int, ...], int]
+    slope: tuple[tuple[int, ...], int] | None
+    scaled: tuple[tuple[int, ...], int] | None
 
-    def attributes(self) -> dict[str, Any]:
-        return dict(
-            scale=np.float32(self.scale),
-            rate=np.float32(self.rate),
-            left=np.int64(self.left),
-            right=np.int64(self.right),
-            tile_queries=np.int64(self.tile[0]),
-            tile_keys=np.int64(self.tile[1]),
-            mask_code=np.array(self.mask_code, np.int32),
-            mask_arrays=np.int64(self.mask_arrays),
-            score_code=np.array(self.score_code, np.int32),
-            score_arrays=np.int64(self.score_arrays),
+    def attributes(self, **programs: tuple[tuple[int, ...], int]) -> dict[str, Any]:
+        """Those of a call that runs these programs."""
+        out: dict[str, Any] = dict(
+            tile_queries=np.int64(self.tile[0]), tile_keys=np.int64(self.tile[1])
         )
-
-    def forward_attributes(self) -> dict[str, Any]:
-        """What the forward call is told."""
-        if self.scaled_code is None:
-            return self.attributes()
-        code = np.array(self.scaled_code, np.int32)
-        return self.attributes() | dict(scale=np.float32(1), score_code=code)
-
-    def slope_attributes(self, slope_arrays: int) -> dict[str, Any]:
-        """What the backward call needs to know beside."""
-        code = np.array(self.slope_code, np.int32)
-        return dict(slope_code=code, slope_arrays=np.int64(slope_arrays))
+        for name, (code, arrays) in programs.items():
+            out[f"{name}_code"] = np.array(code, np.int32)
+            out[f"{name}_arrays"] = np.int64(arrays)
+        return out
 
 
 class Operands(NamedTuple):
     """The arrays of a call into C++, beside query, key and value. None: there is none."""
 
     start: Int[Array, " #B"]
+    band: Int[Array, "2"]
+    factors: Float[Array, "2"]  # of scores before the bias; the rate of dropout
     kinds: Int[Array, "#B #H QT KT"] | None
     mask: Bool[Array, "#B #H #T #S"] | None
     bias: Float[Array, "#B #H #T #S"] | None
     sinks: Float[Array, " H"] | None
     words: Int[Array, " words"] | None
-    captured: list[
-        jax.Array
-    ]  # arrays of the mask's program, then of the score change's
 
     def filled(self, like: jax.Array) -> list[jax.Array]:
         """Each in the dtype that C++ reads, and without elements where there is none."""
-        dtypes = jnp.int32, jnp.int8, bool, jnp.float32, jnp.float32, jnp.uint32
-        ranks = 1, 4, 4, 4, 1, 1
+        int32, float32 = jnp.int32, jnp.float32
+        dtypes = int32, int32, float32, jnp.int8, bool, float32, float32, jnp.uint32
+        ranks = 1, 1, 1, 4, 4, 4, 1, 1
         return [
             jnp.zeros_like(like, dtype, shape=(0,) * rank)
             if x is None
             else x.astype(dtype)
-            for x, dtype, rank in zip(self[:-1], dtypes, ranks, strict=True)
-        ] + self.captured
+            for x, dtype, rank in zip(self, dtypes, ranks, strict=True)
+        ]
 
 
 class Lookup(NamedTuple):
-    """Arrays that C++ reads and blockwise does not."""
+    """Arrays that C++ reads and blockwise does not: those of `Call`'s programs, too."""
 
+    band: Int[Array, "2"]
     kinds: Int[Array, "#B #H QT KT"] | None
-    captured: list[jax.Array]
-    slope_arrays: list[jax.Array]
+    mask: list[jax.Array]
+    score: list[jax.Array]
+    slope: list[jax.Array]
+    scaled: list[jax.Array]
 
 
-def _prepare(scale, query, key, value, start, problem) -> tuple[Call, Lookup]:
+def _prepare(
+    query: jax.Array, key: jax.Array, value: jax.Array, params: AttentionParams
+) -> tuple[Call, Lookup]:
     """The static half of a call, and the arrays that go with it."""
     (B, H, T, _), S = query.shape, key.shape[2]
-    mask_mod, dropout = problem["mask_mod"], problem["dropout"]
+    mask_mod, score_mod = params.mask_mod, params.score_mod
+    start = jnp.asarray(params.start, jnp.int32).reshape(-1)
     left, right, rest = split_band(mask_mod)
     tile, kinds = TILE, None
     if isinstance(mask_mod, BlockMask):
         tile, kinds = mask_mod.block, mask_mod.kinds
-    elif rest is not None:
-        grid = Grid(tile, (T, S))
-        if grid.shape[0] * grid.shape[1] >= MANY_TILES:
-            kinds = tile_kinds(mask_mod, start, grid, B, H)
-    rate = 0.0 if dropout is None else dropout.rate
-    mask, score = _programs(mask_mod, problem["score_mod"])
-    slope = _slope(problem["score_mod"])
-    call = Call(
-        scale,
-        left,
-        right,
-        tile,
-        rate,
-        mask.code,
-        len(mask.arrays),
-        score.code,
-        len(score.arrays),
-        None if slope is None else slope.code,
-        _scaled(problem["score_mod"], scale, problem["bias"]),
-    )
+    elif rest is not None and Problem(Tile(*tile), (B, H, T, S)).many_tiles:
+        kinds = tile_kinds(mask_mod, start, Grid(tile, (T, S)), B, H)
+    programs = [
+        *_programs(mask_mod, score_mod),
+        _slope(score_mod),
+        _scaled(score_mod, params.scale, params.bias),
+    ]
+    code: list[Any] = [None if p is None else (p.code, len(p.arrays)) for p in programs]
     # Derivatives reach these arrays through blockwise's view of the same mods.
-    captured = lax.stop_gradient([*mask.arrays, *score.arrays])
-    slope_arrays = lax.stop_gradient([] if slope is None else slope.arrays)
-    return call, Lookup(kinds, captured, slope_arrays)
+    arrays = [lax.stop_gradient([] if p is None else p.arrays) for p in programs]
+    return Call(tile, *code), Lookup(band_operand(left, right), kinds, *arrays)
 
 
 def forward(
-    call: Call, operands: Operands, query: jax.Array, key: jax.Array, value: jax.Array
+    call: Call, fixed: Fixed, lookup: Lookup, inputs: Inputs
 ) -> tuple[Float[Array, "B H T E"], Float[Array, "B H T"]]:
     """``(out, log-sum-exp)``, by C++."""
+    query, key, value = inputs[:3]
     shape = query.shape[:3]
     results = (
         jax.ShapeDtypeStruct((*shape, value.shape[3]), query.dtype),
         jax.ShapeDtypeStruct(shape, jnp.float32),
     )
+    operands = _operands(fixed, lookup, inputs)
+    score, arrays = call.score, lookup.score
+    if call.scaled is not None:
+        score, arrays = call.scaled, lookup.scaled
+        operands = operands._replace(factors=operands.factors.at[0].set(1))
     run = jax.ffi.ffi_call("raptax_forward", results, vmap_method="sequential")
-    arrays = blockwise._same_manual_axes([query, key, value, *operands.filled(query)])
-    out, lse = run(*arrays, **call.forward_attributes())
-    return out, lse
+    given = same_manual_axes(
+        [query, key, value, *operands.filled(query), *lookup.mask, *arrays]
+    )
+    out, lse = run(*given, **call.attributes(mask=call.mask, score=score))
+    return varying_like(given[0], (out, lse))
 
 
 # ---------------------------------------------------------------------------- derivatives
 
 
-@functools.partial(jax.jit, static_argnames="scale")
-def _native(query, key, value, start, *, scale, **problem):
-    start = jnp.asarray(start, jnp.int32).reshape(-1)
-    arrays = blockwise._same_manual_axes((query, key, value, start, problem))
-    call, lookup = _prepare(scale, *arrays)
-    rules, fixed, inputs = blockwise._prepare(scale, *arrays)
+@jax.jit
+@partitioned
+@with_lengths
+def _native(query, key, value, params):
+    arrays = same_manual_axes((query, key, value, params))
+    call, lookup = _prepare(*arrays)
+    rules, fixed, inputs = blockwise.prepare(*arrays)
     return _attend((call, rules), (fixed, lookup), inputs)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _attend(static: tuple[Call, Problem], arrays: tuple[Fixed, Lookup], inputs: Inputs):
-    (call, _), (fixed, lookup) = static, arrays
-    operands = _operands(fixed, lookup, inputs)
-    return forward(call, operands, inputs.query, inputs.key, inputs.value)
+    call, rules = static
+    return per_platform(
+        functools.partial(forward, call),
+        lambda fixed, lookup, inputs: blockwise.forward(rules, fixed, inputs),
+        *arrays,
+        inputs,
+    )
 
 
 def _operands(fixed: Fixed, lookup: Lookup, inputs: Inputs) -> Operands:
+    scale, dropout = fixed.scale, fixed.dropout
+    factors = [
+        jnp.float32(1) if scale is None else scale,
+        jnp.float32(0) if dropout is None else dropout.rate,
+    ]
     return Operands(
         fixed.start,
+        lookup.band,
+        jnp.stack([jnp.asarray(x, jnp.float32) for x in factors]),
         lookup.kinds,
         fixed.mask,
         inputs.bias,
         inputs.sinks,
-        None if fixed.dropout is None else fixed.dropout.words,
-        lookup.captured,
+        None if dropout is None else dropout.words,
     )
 
 
@@ -350,19 +380,31 @@ def _plain_backward(problem: Problem, residuals, cotangents) -> Inputs:
 
 
 def _backward(call: Call, problem: Problem, residuals, cotangents) -> Inputs:
+    if call.slope is None:
+        return blockwise._backward(problem, residuals[0], cotangents)
+    return per_platform(
+        functools.partial(_native_backward, call, problem),
+        functools.partial(_plain_backward, problem),
+        residuals,
+        cotangents,
+    )
+
+
+def _native_backward(call: Call, problem: Problem, residuals, cotangents) -> Inputs:
     known, lookup = residuals
-    if call.slope_code is None:
-        return blockwise._backward(problem, known, cotangents)
+    assert call.slope is not None
     operands = _operands(known.fixed, lookup, known.inputs)
-    arrays = operands.filled(known.inputs.query) + lookup.slope_arrays
-    attributes = call.attributes() | call.slope_attributes(len(lookup.slope_arrays))
-    return native_backward(attributes, arrays, problem, known, cotangents)
+    programs = dict(mask=call.mask, score=call.score, slope=call.slope)
+    attributes = call.attributes(**programs)
+    arrays = [*lookup.mask, *lookup.score, *lookup.slope]
+    filled = operands.filled(known.inputs.query)
+    return native_backward(attributes, filled, arrays, problem, known, cotangents)
 
 
 @_attend.defjvp
 def _attend_jvp(static, primals, tangents):
     (call, rules), ((fixed, lookup), inputs) = static, primals
-    out, lse = _attend(static, *primals)
+    out, lse = named(*_attend(static, *primals))
     plain = rules._replace(reversible=True)
     moved = linear(
         functools.partial(_tangent, rules),

@@ -5,13 +5,15 @@ from typing import Any
 
 import jax
 
-from .blockwise import Known, _backward, _same_manual_axes
+from .._manual_axes import same_manual_axes, varying_like
+from .blockwise import Known, _backward
 from .tiles import Inputs, Problem
 
 
 def native_backward(
     attributes: dict[str, Any],
     operands: Sequence[jax.Array],
+    captured: Sequence[jax.Array],
     problem: Problem,
     known: Known,
     cotangents: tuple[jax.Array, jax.Array],
@@ -26,10 +28,9 @@ def native_backward(
     asks for those gradients. Under vmap, one problem runs after the other.
 
     Args:
-        attributes: Those of the forward call and the code of the slope; see
-            ``native_attention.Call``.
-        operands: Arrays of the forward call beside query, key and value, an empty one
-            where there is none, and after them those that the slope's program reads.
+        attributes: Those of a call; see ``native_attention.Call``.
+        operands: ``native_attention.Operands``, filled.
+        captured: Arrays of the programs of the mask, the score_mod and its slope.
         problem: The same problem in `blockwise`'s terms.
         known: Inputs, output and log-sum-exp.
         cotangents: Gradients of the output and of the log-sum-exp.
@@ -40,15 +41,16 @@ def native_backward(
     _, inputs, out, lse = known
     query, key, value, bias, sinks, learned = inputs
     d_out, d_lse = cotangents
-    first, captured = operands[:6], operands[6:]
     found = [out, lse, d_out.astype(out.dtype), d_lse.astype(lse.dtype)]
-    arrays = _same_manual_axes([query, key, value, *first, *found, *captured])
+    arrays = same_manual_axes([query, key, value, *operands, *found, *captured])
     results = [
         jax.ShapeDtypeStruct(x.shape, x.dtype)
-        for x in (query, key, value, first[3], first[4])  # bias and sinks, if any
+        for x in (query, key, value, operands[5], operands[6])  # bias, sinks, if any
     ]
     run = jax.ffi.ffi_call("raptax_backward", results, vmap_method="sequential")
-    d_query, d_key, d_value, d_bias, d_sinks = run(*arrays, **attributes)
+    d_query, d_key, d_value, d_bias, d_sinks = varying_like(
+        arrays[0], run(*arrays, **attributes)
+    )
     return Inputs(
         d_query,
         d_key,

@@ -17,9 +17,11 @@ from .._types import Indices, position_indices, query_positions
 from ..block_mask import EMPTY
 from .dropout import Dropout
 from .softmax import accumulator
+from .wide import eval_wide
 
 TILE = 256
 SCORES_PER_TILE = 2**22  # bounds a tile's scores over all batches and heads: 16 MiB
+UNKNOWN_BATCH = 8  # sequences that tiles are sized for where their number is symbolic
 MANY_TILES = 16  # from here on it pays to find the empty tiles first
 
 
@@ -31,10 +33,20 @@ class Tile(NamedTuple):
 
 
 def tile_sizes(B: int, H: int, T: int, S: int) -> Tile:
-    """Square tiles, with fewer queries each when there are many heads to hold."""
-    keys = min(TILE, S)
-    queries = max(16, SCORES_PER_TILE // (B * H * keys) // 16 * 16)
-    return Tile(min(TILE, queries, T), keys)
+    """Square tiles, with fewer queries each when there are many heads to hold.
+
+    A symbolic length is one that was padded to whole tiles; see `problem.with_lengths`.
+    """
+    keys = min(TILE, S) if isinstance(S, int) else TILE
+    batch = B if isinstance(B, int) else UNKNOWN_BATCH
+    queries = max(16, SCORES_PER_TILE // (batch * H * keys) // 16 * 16)
+    most = T if isinstance(T, int) else TILE
+    return Tile(min(TILE, queries, most), keys)
+
+
+def cut_short(length: int, size: int) -> bool:
+    """Whether the last tile of an axis is."""
+    return isinstance(length, int) and length % size != 0
 
 
 # ------------------------------------------------------------- rules with their arrays
@@ -46,12 +58,14 @@ def lift(
     """``(run, arrays)`` such that ``run(arrays, *args) == function(*args)``.
 
     ``arrays`` holds every array that ``function`` carries or captures, so that a custom
-    gradient can have them as arguments and no tracer hides in a closure.
+    gradient can have them as arguments and no tracer hides in a closure. An array of 16
+    bits may be `widened`: the values are the same, and its gradient is summed up wide.
     """
     closed = jax.make_jaxpr(function)(*args)
+    jaxpr = closed.jaxpr  # without the arrays, which may be tracers
 
     def run(arrays: list[jax.Array], *args: Any) -> jax.Array:
-        return jax.core.eval_jaxpr(closed.jaxpr, arrays, *args)[0]
+        return eval_wide(jaxpr, arrays, args)[0]
 
     return run, [jnp.asarray(x) for x in closed.consts]
 
@@ -92,6 +106,11 @@ class Fixed(NamedTuple):
     change_arrays: list[jax.Array]
     dropout: Dropout | None
     plan: Plan | None
+    scale: Float[Array, ""] | None
+
+    def scaled(self, products: jax.Array) -> jax.Array:
+        """Products of queries and keys as scores, or gradients the other way."""
+        return products if self.scale is None else products * self.scale
 
     def drop(self, weights: jax.Array, at: Indices) -> jax.Array:
         """Weights, or what multiplies them, after dropout."""
@@ -103,12 +122,11 @@ class Problem(NamedTuple):
 
     A tile is named by ``(i, j)``, its place in the grid, and starts at query row
     ``rows(i)`` and key ``keys(j)``. ``learned`` says which of the arrays of ``change``
-    are floats. ``reversible`` asks for loops that JAX can run backwards.
+    have a derivative. ``reversible`` asks for loops that JAX can run backwards.
     """
 
     tile: Tile
     shape: tuple[int, int, int, int]  # B, H, T, S
-    scale: float
     allow: Callable[..., jax.Array] | None = None
     change: Callable[..., jax.Array] | None = None
     learned: tuple[bool, ...] = ()
@@ -120,8 +138,11 @@ class Problem(NamedTuple):
         return -(-T // self.tile.queries), -(-S // self.tile.keys)
 
     @property
-    def tiles(self) -> int:
-        return self.grid[0] * self.grid[1]
+    def many_tiles(self) -> bool:
+        """Whether it pays to find the empty ones beforehand."""
+        rows, columns = self.grid
+        known = isinstance(rows, int) and isinstance(columns, int)
+        return known and rows * columns >= MANY_TILES
 
     def rows(self, i: Any) -> jax.Array:
         return jnp.minimum(i * self.tile.queries, self.shape[2] - self.tile.queries)
@@ -151,9 +172,9 @@ class Problem(NamedTuple):
         """Which scores of the tile count, broadcastable; None if all do."""
         at = self.indices(fixed.start, i, j)
         parts = []
-        if self.shape[2] % self.tile.queries:
+        if cut_short(self.shape[2], self.tile.queries):
             parts.append(self.first_time(i))
-        if self.shape[3] % self.tile.keys:
+        if cut_short(self.shape[3], self.tile.keys):
             parts.append(at[3] >= j * self.tile.keys)
         if fixed.mask is not None:
             parts.append(self.of_tile(fixed.mask, i, j))
@@ -167,8 +188,8 @@ class Problem(NamedTuple):
         """What the softmax sees of the scaled and biased scores, but for the mask."""
         if self.change is None:
             return base
-        floats, others = iter(learned), iter(fixed.change_arrays)
-        arrays = [next(floats if is_float else others) for is_float in self.learned]
+        moved, others = iter(learned), iter(fixed.change_arrays)
+        arrays = [next(moved if is_learned else others) for is_learned in self.learned]
         return self.change(arrays, base, *at)
 
     def over_keys(

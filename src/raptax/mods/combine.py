@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Int
 
 from .._pytree import pytree, static
@@ -168,11 +169,72 @@ class PerHead(Mask):
 # ---------------------------------------------------------------------- numbers, arrays
 
 
-def at_least(least: int, **numbers: int | None) -> None:
-    """Raises ValueError for a number below ``least``; None is no number."""
-    for name, number in numbers.items():
-        if number is not None and number < least:
-            raise ValueError(f"{name}={number} must be at least {least}.")
+LARGEST = 2**31 - 1  # positions are int32
+
+
+def set_whole(mod: Any, least: int, *names: str) -> None:
+    """Checks fields of ``mod`` that are whole numbers, and stores NumPy's as Python's.
+
+    Raises:
+        ValueError: A Python or NumPy number that is not whole, or not within ``least``
+            and 2**31 - 1, or an array that is not a rank-0 array of such numbers.
+    """
+    for name in names:
+        object.__setattr__(mod, name, _whole(name, getattr(mod, name), least))
+
+
+def _whole(name: str, number: Any, least: int) -> Any:
+    if isinstance(number, jax.Array):
+        _check_scalar(name, number, jnp.integer)
+        if isinstance(number, jax.core.Tracer):
+            return number
+    value = number.item() if is_numpy(number) else number
+    if isinstance(value, jax.Array):
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{name}={number!r} must be a whole number.")
+    if not least <= value <= LARGEST:
+        most = "" if value < least else ", and at most 2**31 - 1"
+        raise ValueError(f"{name}={value} must be at least {least}{most}.")
+    return number if isinstance(number, jax.Array) else value
+
+
+def set_positive(mod: Any, name: str) -> None:
+    """Checks a field of ``mod`` that is a positive number, and stores it as a float.
+
+    An array stays one; it must be of floats and of rank 0.
+    """
+    number = getattr(mod, name)
+    if isinstance(number, jax.Array):
+        _check_scalar(name, number, jnp.floating)
+        if isinstance(number, jax.core.Tracer):
+            return
+    value = (
+        number.item() if is_numpy(number) or isinstance(number, jax.Array) else number
+    )
+    real = isinstance(value, int | float) and not isinstance(value, bool)
+    if not real or not 0 < value < float("inf"):
+        raise ValueError(f"{name}={number!r} must be a positive and finite number.")
+    if not isinstance(number, jax.Array):
+        object.__setattr__(mod, name, float(value))
+
+
+def is_numpy(number: Any) -> bool:
+    """Is it one number of NumPy's?"""
+    return isinstance(number, np.generic | np.ndarray) and number.ndim == 0
+
+
+def _check_scalar(name: str, number: jax.Array, kind: Any) -> None:
+    if number.ndim or not jnp.issubdtype(number.dtype, kind):
+        raise ValueError(
+            f"{name} must be one number of dtype {kind.__name__}; got {number.dtype} "
+            f"{number.shape}. For one per sequence or head, map with jax.vmap."
+        )
+
+
+def whole(number: Any) -> Any:
+    """A checked whole number to compute positions with: Python's, or an int32 array."""
+    return number if isinstance(number, int) else jnp.asarray(number).astype(jnp.int32)
 
 
 def per_sequence(numbers: Any, b_idx: jax.Array) -> jax.Array:
@@ -181,7 +243,7 @@ def per_sequence(numbers: Any, b_idx: jax.Array) -> jax.Array:
     return numbers[b_idx] if numbers.size > 1 else numbers.reshape(())
 
 
-def within(index: jax.Array, length: int) -> jax.Array:
+def within(index: jax.Array, length: int | jax.Array) -> jax.Array:
     """Whether an axis of ``length`` has such an entry."""
     return (index >= 0) & (index < length)
 

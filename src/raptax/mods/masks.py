@@ -9,7 +9,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from .._pytree import pytree, static
-from .combine import Mask, at_least, entries, per_sequence, within
+from .combine import LARGEST, Mask, entries, per_sequence, set_whole, whole, within
+
+Number = int | Int[Array, ""]
 
 # --------------------------------------------------------------------------- by distance
 
@@ -30,10 +32,13 @@ class Causal(Mask):
 class SlidingWindow(Mask):
     """A query sees the last ``size`` keys, its own position included."""
 
-    size: int = static()
+    size: Number
+
+    def __post_init__(self) -> None:
+        set_whole(self, 1, "size")
 
     def __call__(self, b_idx, h_idx, q_idx, kv_idx):
-        return (kv_idx <= q_idx) & (q_idx - kv_idx < self.size)
+        return (kv_idx <= q_idx) & (q_idx - kv_idx < whole(self.size))
 
 
 @pytree
@@ -45,22 +50,33 @@ class Window(Mask):
     Beltagy et al. 2020, arXiv:2004.05150.
     """
 
-    left: int | None = static()
-    right: int | None = static(default=0)
+    left: Number | None
+    right: Number | None = 0
     dilation: int = static(default=1)
 
     def __post_init__(self) -> None:
-        at_least(0, left=self.left, right=self.right)
-        at_least(1, dilation=self.dilation)
+        given = [name for name in ("left", "right") if getattr(self, name) is not None]
+        set_whole(self, 0, *given)
+        set_whole(self, 1, "dilation")
+        if isinstance(self.dilation, jax.Array):
+            raise ValueError(
+                "dilation must be a Python number: programs are compiled for each."
+            )
 
     def __call__(self, b_idx, h_idx, q_idx, kv_idx):
         back = q_idx - kv_idx
         allowed = back % self.dilation == 0
         if self.left is not None:
-            allowed &= back <= self.left * self.dilation
+            allowed &= back <= self._reach(self.left)
         if self.right is not None:
-            allowed &= back >= -self.right * self.dilation
+            allowed &= back >= -self._reach(self.right)
         return allowed
+
+    def _reach(self, keys: Number) -> Number:
+        """``keys * dilation``, or the largest multiple that no position exceeds."""
+        most = LARGEST // self.dilation
+        least = min if isinstance(keys, int) else jnp.minimum
+        return least(whole(keys), most) * self.dilation
 
 
 @pytree
@@ -70,15 +86,15 @@ class SinkWindow(Mask):
     Xiao et al. 2023 (StreamingLLM), arXiv:2309.17453.
     """
 
-    sinks: int = static()
-    size: int = static()
+    sinks: Number
+    size: Number
 
     def __post_init__(self) -> None:
-        at_least(0, sinks=self.sinks)
-        at_least(1, size=self.size)
+        set_whole(self, 0, "sinks")
+        set_whole(self, 1, "size")
 
     def __call__(self, b_idx, h_idx, q_idx, kv_idx):
-        near = (q_idx - kv_idx < self.size) | (kv_idx < self.sinks)
+        near = (q_idx - kv_idx < whole(self.size)) | (kv_idx < whole(self.sinks))
         return (kv_idx <= q_idx) & near
 
 
@@ -90,41 +106,44 @@ class Strided(Mask):
     (Sparse Transformer), arXiv:1904.10509, has ``local == stride``.
     """
 
-    stride: int = static()
-    local: int = static()
+    stride: Number
+    local: Number
 
     def __post_init__(self) -> None:
-        at_least(1, stride=self.stride, local=self.local)
+        set_whole(self, 1, "stride", "local")
 
     def __call__(self, b_idx, h_idx, q_idx, kv_idx):
         back = q_idx - kv_idx
-        return (back >= 0) & ((back < self.local) | (back % self.stride == 0))
+        strided = back % whole(self.stride) == 0
+        return (back >= 0) & ((back < whole(self.local)) | strided)
 
 
 @pytree
 class Chunked(Mask):
     """A query sees the keys of its own chunk of ``size``, up to itself. Llama 4."""
 
-    size: int = static()
+    size: Number
 
     def __post_init__(self) -> None:
-        at_least(1, size=self.size)
+        set_whole(self, 1, "size")
 
     def __call__(self, b_idx, h_idx, q_idx, kv_idx):
-        return (q_idx // self.size == kv_idx // self.size) & (kv_idx <= q_idx)
+        size = whole(self.size)
+        return (q_idx // size == kv_idx // size) & (kv_idx <= q_idx)
 
 
 @pytree
 class BlockCausal(Mask):
     """A query sees its own block of ``size``, all of it, and the blocks before."""
 
-    size: int = static()
+    size: Number
 
     def __post_init__(self) -> None:
-        at_least(1, size=self.size)
+        set_whole(self, 1, "size")
 
     def __call__(self, b_idx, h_idx, q_idx, kv_idx):
-        return kv_idx // self.size <= q_idx // self.size
+        size = whole(self.size)
+        return kv_idx // size <= q_idx // size
 
 
 @pytree
@@ -136,11 +155,16 @@ class Natten2D(Mask):
     2023 (neighborhood attention), arXiv:2204.07143.
     """
 
-    height: int = static()
-    width: int = static()
-    window: int = static()
+    height: Number
+    width: Number
+    window: Number
 
     def __post_init__(self) -> None:
+        set_whole(self, 1, "height", "width", "window")
+        if any(
+            isinstance(n, jax.Array) for n in (self.height, self.width, self.window)
+        ):
+            return
         if self.window % 2 == 0 or not 0 < self.window <= min(self.height, self.width):
             raise ValueError(
                 f"window={self.window} must be odd, to have a middle, and fit into "
@@ -148,13 +172,14 @@ class Natten2D(Mask):
             )
 
     def __call__(self, b_idx, h_idx, q_idx, kv_idx):
-        half, pixels = self.window // 2, self.height * self.width
+        height, width = whole(self.height), whole(self.width)
+        half, pixels = whole(self.window) // 2, height * width
 
         def near(q, k, size):
             return jnp.abs(jnp.clip(q, half, size - 1 - half) - k) <= half
 
-        rows = near(q_idx // self.width, kv_idx // self.width, self.height)
-        columns = near(q_idx % self.width, kv_idx % self.width, self.width)
+        rows = near(q_idx // width, kv_idx // width, height)
+        columns = near(q_idx % width, kv_idx % width, width)
         return rows & columns & within(q_idx, pixels) & within(kv_idx, pixels)
 
 

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from .._pytree import pytree, static
 from .._types import MaskMod, ScoreMod
-from .combine import apply_mask, as_mod, at_least, entries, within
+from .combine import apply_mask, as_mod, entries, set_positive, set_whole, within
 
 
 def apply_score(score_mod: ScoreMod, scores: jax.Array, *at: jax.Array) -> jax.Array:
@@ -28,14 +28,16 @@ def apply_score(score_mod: ScoreMod, scores: jax.Array, *at: jax.Array) -> jax.A
 class SoftCap:
     """``cap * tanh(scores / cap)``: bounds scores smoothly. Gemma 2, arXiv:2408.00118."""
 
-    cap: float = static()
+    cap: float | Float[Array, ""]
 
     def __post_init__(self) -> None:
-        if not self.cap > 0:
-            raise ValueError(f"cap={self.cap} must be positive.")
+        set_positive(self, "cap")
 
     def __call__(self, scores, b_idx, h_idx, q_idx, kv_idx):
-        return self.cap * jnp.tanh(scores / self.cap)
+        cap = self.cap
+        if not isinstance(cap, float):
+            cap = jnp.asarray(cap).astype(scores.dtype)
+        return cap * jnp.tanh(scores / cap)
 
 
 @pytree
@@ -229,12 +231,14 @@ class LogN:
     lower bound of 1 as in Qwen, arXiv:2309.16609.
     """
 
-    train_length: int = static()
+    train_length: int | Int[Array, ""]
 
     def __post_init__(self) -> None:
-        at_least(2, train_length=self.train_length)
+        set_whole(self, 2, "train_length")
 
     def __call__(self, scores, b_idx, h_idx, q_idx, kv_idx):
-        keys = jnp.maximum(q_idx + 1, self.train_length).astype(jnp.float32)
-        factor = jnp.log(keys) / math.log(self.train_length)
+        dtype = jnp.float64 if scores.dtype == jnp.float64 else jnp.float32
+        least = jnp.asarray(self.train_length).astype(jnp.int32)
+        keys = jnp.maximum(q_idx + 1, least).astype(dtype)
+        factor = jnp.log(keys) / jnp.log(least.astype(dtype))
         return scores * factor.astype(scores.dtype)
