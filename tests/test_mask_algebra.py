@@ -127,10 +127,23 @@ def every_way(case: Case, mask, start, q, k, v):
     }
 
 
+def fitted(mask, B, H):
+    """A mask of `LEAVES`, made for 2 sequences and 3 heads, for B and H of them."""
+
+    def cut(x):
+        if x.shape == (3,):  # which mask a head of PerHead follows
+            return jnp.resize(x, H)
+        if x.ndim == 4:  # Dense
+            return x[:, jnp.arange(H) % 3]
+        return x[:B]
+
+    return jax.tree.map(lambda x: cut(x) if getattr(x, "ndim", 0) else x, mask)
+
+
 def check(case: Case) -> None:
     """Every way gives what the softmax over all scores gives."""
     B, (H, K), T, S = case.B, case.heads, case.T, case.S
-    mask = raptax.and_masks(case.build(S))
+    mask = fitted(raptax.and_masks(case.build(S)), B, H)
     note(f"{mask} {case}")
     start = case.start
     if start is not None:
@@ -205,6 +218,11 @@ STACKED = {
     "offset": raptax.Offset(raptax.SlidingWindow(3), LENGTHS - 4, LENGTHS[:, ::-1]),
     "per head": ~raptax.PerHead((raptax.Causal(), raptax.Chunked(4)), LENGTHS % 2),
     "mixed": mixed(LENGTHS, IDS),
+}
+# Numbers are leaves as well, and are stacked like the arrays.
+STACKED = {
+    name: jax.tree.map(lambda x: x if np.ndim(x) else jnp.full(N, x, jnp.int32), mask)
+    for name, mask in STACKED.items()
 }
 
 

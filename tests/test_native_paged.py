@@ -16,6 +16,7 @@ import pytest
 from raptax import (
     ALiBi,
     Causal,
+    KeyLengths,
     KVCacheParams,
     PagedKVCache,
     SinkWindow,
@@ -221,7 +222,7 @@ def every_third(b, h, q, k):
 
 RULES = {
     "window": dict(mask_mod=SlidingWindow(7)),
-    "nothing": dict(mask_mod=SlidingWindow(0)),
+    "nothing": dict(mask_mod=KeyLengths(0)),
     "both ways": dict(mask_mod=Window(20, 3)),
     "no mask": dict(mask_mod=None),
     "scale": dict(scale=0.3),

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 class Unsupported(NotImplementedError):
@@ -90,9 +91,74 @@ def _check_broadcast(name: str, x: jax.Array, shape: tuple[int, int, int, int]) 
 
 def check_sinks(sinks: jax.Array | None, heads: int) -> None:
     """Raises ValueError unless there is one sink for each query head."""
-    if sinks is not None and sinks.shape != (heads,):
+    if sinks is None:
+        return
+    if sinks.shape != (heads,):
         raise ValueError(
             f"sinks {sinks.shape} must be one number for each of {heads} query heads."
+        )
+    if not jnp.issubdtype(sinks.dtype, jnp.floating):
+        raise ValueError(
+            f"sinks must be of floats, as the scores are; got {sinks.dtype}."
+        )
+
+
+def check_scale(scale: Any) -> None:
+    """Raises ValueError unless ``scale`` is one real number; None is the default one."""
+    if scale is None or (
+        isinstance(scale, int | float) and not isinstance(scale, bool)
+    ):
+        return
+    dtype = getattr(scale, "dtype", None)
+    real = dtype is not None and any(
+        jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer)
+    )
+    if not real or scale.ndim:
+        got = f"{scale!r}" if dtype is None else f"{dtype} {scale.shape}"
+        raise ValueError(
+            f"scale must be one real number, or an array of rank 0; got {got}. For one "
+            "number per head, give score_mod=Temperature(numbers)."
+        )
+
+
+def check_start(start: Any, batch: int) -> None:
+    """Raises ValueError unless ``start`` is one whole number, or one per sequence."""
+    if start is None:
+        return
+    _check_whole("query_start", start)
+    if jnp.shape(start) not in ((), (1,), (batch,)):
+        raise ValueError(
+            f"query_start {jnp.shape(start)} must be one number, or one for each of "
+            f"{batch} sequences."
+        )
+
+
+def check_lengths(name: str, lengths: Any, batch: int, longest: int) -> None:
+    """Raises ValueError unless there is one length, up to ``longest``, per sequence.
+
+    Lengths that are traced are not known here, and are taken on trust.
+    """
+    if lengths is None:
+        return
+    _check_whole(name, lengths)
+    if jnp.shape(lengths) != (batch,):
+        raise ValueError(
+            f"{name} {jnp.shape(lengths)} must be one number for each of {batch} "
+            "sequences."
+        )
+    if not isinstance(lengths, jax.core.Tracer):
+        numbers = np.asarray(lengths)
+        if (numbers < 0).any() or (numbers > longest).any():
+            raise ValueError(
+                f"{name}={numbers.tolist()} must lie between 0 and {longest}, the length "
+                "of the arrays."
+            )
+
+
+def _check_whole(name: str, numbers: Any) -> None:
+    if not jnp.issubdtype(jnp.result_type(numbers), jnp.integer):
+        raise ValueError(
+            f"{name} must be of whole numbers; got {jnp.result_type(numbers)}."
         )
 
 

@@ -28,10 +28,11 @@ from jax import lax
 from jax.extend import core
 from jaxtyping import Array, Int, Int8
 
+from ._errors import check_start
 from ._pytree import pytree, static
 from ._types import Indices, MaskMod, position_indices
 from .intervals import Interval, analyse, exactly
-from .mods import apply_mask, as_mod
+from .mods import apply_mask, as_mod, check_mods
 from .mods.functions import trace_functions
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
@@ -82,6 +83,10 @@ class BlockMask:
                     f"one with create_block_mask(..., {name}={wanted})."
                 )
 
+    def check_sizes(self, batch: int, heads: int) -> None:
+        """Raises ValueError unless the mask fits them; for tiles see `check`."""
+        check_mods([self.mask_mod], batch, heads)
+
     def __call__(self, b_idx, h_idx, q_idx, kv_idx):
         """Who may attend, as any mask says; see `MaskMod`."""
         return self.mask_mod(b_idx, h_idx, q_idx, kv_idx)
@@ -108,6 +113,7 @@ def first_position(
         ValueError: A block mask for another shape, or two answers to the question.
     """
     B, H, T, S = shape
+    check_start(query_start, B)
     if not isinstance(mask_mod, BlockMask):
         return S - T if query_start is None else query_start
     mask_mod.check(T, S, batch=B, heads=H)
@@ -149,6 +155,7 @@ def create_block_mask(
             f"query_start has {start.size} numbers; it needs one, or one for each of "
             f"batch={batch} sequences."
         )
+    check_mods([mask_mod], batch, heads)
     grid, mask_mod = Grid(block, (seq_q, seq_kv)), as_mod(mask_mod)
     if 0 in sizes.values():
         kinds = jnp.zeros((1, 1, *grid.shape), jnp.int8)

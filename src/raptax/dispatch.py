@@ -11,16 +11,27 @@ from ._errors import (
     check_bias,
     check_dropout,
     check_groups,
+    check_lengths,
     check_mask,
     check_qkv,
+    check_scale,
     check_sinks,
+    check_start,
     choices,
 )
 from ._types import Attended, DropoutKey, MaskMod, ScoreMod
 from .block_mask import BlockMask
 from .kernels import KERNELS, Kernel, paged
 from .kernels.problem import traced_mods
-from .mods import Causal, KeyLengths, QueryLengths, Segments, and_masks, split_mask
+from .mods import (
+    Causal,
+    KeyLengths,
+    QueryLengths,
+    Segments,
+    and_masks,
+    check_mods,
+    split_mask,
+)
 
 SegmentIds = Int[Array, "B S"] | tuple[Int[Array, "B T"], Int[Array, "B S"]]
 """Ids of keys and queries alike, or of queries and keys apart."""
@@ -104,6 +115,11 @@ def _as_problem(
     check_mask(problem.get("mask"), (B, H, T, S))
     check_bias(problem.get("bias"), (B, H, T, S))
     check_sinks(problem.get("sinks"), H)
+    check_scale(problem.get("scale"))
+    check_start(problem.get("query_start"), B)
+    check_lengths("query_lengths", problem.get("query_lengths"), B, T)
+    check_lengths("key_lengths", problem.get("key_lengths"), B, S)
+    check_mods([problem.get("mask_mod"), problem.get("score_mod")], B, H)
     check_dropout(
         problem.get("dropout_rng"),
         problem.get("dropout_rate", 0.0),
@@ -263,6 +279,8 @@ def paged_attention(
             f"table {table.shape}, lengths {lengths.shape} and row_offsets "
             f"{row_offsets.shape} must speak of the same sequences."
         )
+    check_scale(scale)
+    check_mods([mask_mod, score_mod], table.shape[0], query.shape[1])
     of_one_layer = (None if x is None else x[None] for x in (k_scales, v_scales))
     return paged.attend(
         query,

@@ -4,12 +4,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from ._pytree import pytree, static
 from ._types import DropoutKey, Indices, MaskMod, ScoreMod
 from .dispatch import attention
-from .mods import Causal, Mask, as_mod
+from .mods import Causal, Mask, as_mod, check_mods
 
 
 def varlen_attention(
@@ -56,6 +57,9 @@ def varlen_attention(
             f"row_offsets {row_offsets.shape} and key_offsets {key_offsets.shape} must "
             "speak of the same sequences."
         )
+    _check_offsets("row_offsets", row_offsets, query.shape[0])
+    _check_offsets("key_offsets", key_offsets, key.shape[0])
+    check_mods([mask_mod, score_mod], row_offsets.size - 1, query.shape[1])
     q_seq, q_pos = _places(row_offsets, query.shape[0])
     k_seq, k_pos = _places(key_offsets, key.shape[0])
     ends = (offsets[1:] - offsets[:-1] for offsets in (key_offsets, row_offsets))
@@ -77,6 +81,22 @@ def varlen_attention(
     if not return_lse:
         return attended[0].swapaxes(0, 1)
     return tuple(x[0].swapaxes(0, 1) for x in attended)
+
+
+def _check_offsets(name: str, offsets: jax.Array, rows: int) -> None:
+    if offsets.ndim != 1 or not offsets.size:
+        raise ValueError(
+            f"{name} {offsets.shape} must be one axis of sequences + 1 numbers."
+        )
+    if isinstance(offsets, jax.core.Tracer):
+        return
+    numbers = np.asarray(offsets)
+    if numbers[0] != 0 or (np.diff(numbers) < 0).any() or numbers[-1] > rows:
+        raise ValueError(
+            f"{name}={numbers.tolist()} must start at 0, not decrease, and end within "
+            f"the {rows} rows. Are these lengths? Give their sums: append 0 in front and "
+            "add up."
+        )
 
 
 def _places(offsets: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
@@ -108,6 +128,9 @@ class _PackedMask(Mask):
 
     rows: _Rows
     mask_mod: Any
+
+    def check_sizes(self, batch: int, heads: int) -> None:
+        """The mask is one of the packed sequences, which `varlen_attention` checks."""
 
     def __call__(self, b_idx, h_idx, q_idx, kv_idx):
         own = self.rows.q_seq[q_idx]

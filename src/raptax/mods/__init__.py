@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 from .._types import MaskMod, position_indices, query_positions
+from .checks import Mod as Mod
+from .checks import check_mods as check_mods
 from .combine import And as And
 from .combine import FunctionMod as FunctionMod
 from .combine import Mask as Mask
@@ -69,6 +71,7 @@ def mask_mod_to_boolean_mask(
 
     The last query stands at the last key, as it does in `attention`.
     """
+    check_mods([mask_mod], batch, num_heads)
     q_idx = query_positions(None, seq_q, seq_kv)
     kv_idx = jnp.arange(seq_kv, dtype=jnp.int32)
     allowed = mask_mod(*position_indices(batch, num_heads, q_idx, kv_idx))

@@ -11,10 +11,11 @@ from jaxtyping import Array, Int
 
 from .._pytree import pytree, static
 from .._types import MaskMod
+from .checks import Mod
 
 
-class Mask:
-    """What every mask value shares: the operators."""
+class Mask(Mod):
+    """What every mask value shares: the operators, and the checks of `Mod`."""
 
     def __and__(self, other: MaskMod) -> "And":
         return And(as_mod(self), as_mod(other))
@@ -134,10 +135,11 @@ class Offset(Mask):
     """
 
     mod: Any
-    q: int | Int[Array, ""] | Int[Array, " B"] = 0
-    kv: int | Int[Array, ""] | Int[Array, " B"] = 0
+    q: int | Int[Array, ""] | Int[Array, " #B"] = 0
+    kv: int | Int[Array, ""] | Int[Array, " #B"] = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         object.__setattr__(self, "mod", as_mod(self.mod))
 
     def __call__(self, *at):
@@ -156,7 +158,16 @@ class PerHead(Mask):
     def __post_init__(self) -> None:
         if not self.masks:
             raise ValueError("masks=() must hold at least one mask.")
+        super().__post_init__()
         object.__setattr__(self, "masks", tuple(map(as_mod, self.masks)))
+        if isinstance(self.which, jax.core.Tracer) or not np.size(self.which):
+            return
+        chosen, last = np.asarray(self.which), len(self.masks) - 1
+        if chosen.min() < 0 or chosen.max() > last:
+            raise ValueError(
+                f"which={chosen.tolist()} must be between 0 and {last}, the numbers of "
+                "the masks."
+            )
 
     def __call__(self, b_idx, h_idx, q_idx, kv_idx):
         which = jnp.asarray(self.which)[h_idx]
@@ -166,75 +177,7 @@ class PerHead(Mask):
         return first
 
 
-# ---------------------------------------------------------------------- numbers, arrays
-
-
-LARGEST = 2**31 - 1  # positions are int32
-
-
-def set_whole(mod: Any, least: int, *names: str) -> None:
-    """Checks fields of ``mod`` that are whole numbers, and stores NumPy's as Python's.
-
-    Raises:
-        ValueError: A Python or NumPy number that is not whole, or not within ``least``
-            and 2**31 - 1, or an array that is not a rank-0 array of such numbers.
-    """
-    for name in names:
-        object.__setattr__(mod, name, _whole(name, getattr(mod, name), least))
-
-
-def _whole(name: str, number: Any, least: int) -> Any:
-    if isinstance(number, jax.Array):
-        _check_scalar(name, number, jnp.integer)
-        if isinstance(number, jax.core.Tracer):
-            return number
-    value = number.item() if is_numpy(number) else number
-    if isinstance(value, jax.Array):
-        value = int(value)
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"{name}={number!r} must be a whole number.")
-    if not least <= value <= LARGEST:
-        most = "" if value < least else ", and at most 2**31 - 1"
-        raise ValueError(f"{name}={value} must be at least {least}{most}.")
-    return number if isinstance(number, jax.Array) else value
-
-
-def set_positive(mod: Any, name: str) -> None:
-    """Checks a field of ``mod`` that is a positive number, and stores it as a float.
-
-    An array stays one; it must be of floats and of rank 0.
-    """
-    number = getattr(mod, name)
-    if isinstance(number, jax.Array):
-        _check_scalar(name, number, jnp.floating)
-        if isinstance(number, jax.core.Tracer):
-            return
-    value = (
-        number.item() if is_numpy(number) or isinstance(number, jax.Array) else number
-    )
-    real = isinstance(value, int | float) and not isinstance(value, bool)
-    if not real or not 0 < value < float("inf"):
-        raise ValueError(f"{name}={number!r} must be a positive and finite number.")
-    if not isinstance(number, jax.Array):
-        object.__setattr__(mod, name, float(value))
-
-
-def is_numpy(number: Any) -> bool:
-    """Is it one number of NumPy's?"""
-    return isinstance(number, np.generic | np.ndarray) and number.ndim == 0
-
-
-def _check_scalar(name: str, number: jax.Array, kind: Any) -> None:
-    if number.ndim or not jnp.issubdtype(number.dtype, kind):
-        raise ValueError(
-            f"{name} must be one number of dtype {kind.__name__}; got {number.dtype} "
-            f"{number.shape}. For one per sequence or head, map with jax.vmap."
-        )
-
-
-def whole(number: Any) -> Any:
-    """A checked whole number to compute positions with: Python's, or an int32 array."""
-    return number if isinstance(number, int) else jnp.asarray(number).astype(jnp.int32)
+# ------------------------------------------------------------------------------- arrays
 
 
 def per_sequence(numbers: Any, b_idx: jax.Array) -> jax.Array:

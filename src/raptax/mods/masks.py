@@ -9,7 +9,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from .._pytree import pytree, static
-from .combine import LARGEST, Mask, entries, per_sequence, set_whole, whole, within
+from .checks import LARGEST, set_whole, whole
+from .combine import Mask, entries, per_sequence, within
 
 Number = int | Int[Array, ""]
 
@@ -190,7 +191,7 @@ class Natten2D(Mask):
 class KeyLengths(Mask):
     """Sequence ``b`` has ``lengths[b]`` keys; later ones are padding, seen by nobody."""
 
-    lengths: int | Int[Array, ""] | Int[Array, " B"]
+    lengths: int | Int[Array, ""] | Int[Array, " #B"]
 
     def __call__(self, b_idx, h_idx, q_idx, kv_idx):
         return kv_idx < per_sequence(self.lengths, b_idx)
@@ -200,7 +201,7 @@ class KeyLengths(Mask):
 class QueryLengths(Mask):
     """Queries at positions from ``lengths[b]`` on are padding and see nothing."""
 
-    lengths: int | Int[Array, ""] | Int[Array, " B"]
+    lengths: int | Int[Array, ""] | Int[Array, " #B"]
 
     def __call__(self, b_idx, h_idx, q_idx, kv_idx):
         return q_idx < per_sequence(self.lengths, b_idx)
@@ -213,7 +214,7 @@ class PrefixLM(Mask):
     Raffel et al. 2020, arXiv:1910.10683, section 3.2.1.
     """
 
-    lengths: int | Int[Array, ""] | Int[Array, " B"]
+    lengths: int | Int[Array, ""] | Int[Array, " #B"]
 
     def __call__(self, b_idx, h_idx, q_idx, kv_idx):
         return (kv_idx <= q_idx) | (kv_idx < per_sequence(self.lengths, b_idx))
@@ -248,7 +249,7 @@ class Segments(Mask):
 
     query_ids: Int[Array, "#B T"]
     key_ids: Int[Array, "#B S"]
-    query_start: int | Int[Array, ""] | Int[Array, " B"] = 0
+    query_start: int | Int[Array, ""] | Int[Array, " #B"] = 0
 
     def __call__(self, b_idx, h_idx, q_idx, kv_idx):
         row = q_idx - per_sequence(self.query_start, b_idx)
@@ -327,7 +328,7 @@ class Tree(Mask):
     """
 
     ancestors: Bool[Array, "#B N N"]
-    start: int | Int[Array, ""] | Int[Array, " B"] = 0
+    start: int | Int[Array, ""] | Int[Array, " #B"] = 0
 
     def __call__(self, b_idx, h_idx, q_idx, kv_idx):
         nodes, start = self.ancestors.shape[1], per_sequence(self.start, b_idx)
@@ -337,7 +338,7 @@ class Tree(Mask):
 
 
 def tree_from_parents(
-    parents: Sequence[int], *, start: int | Int[Array, ""] | Int[Array, " B"] = 0
+    parents: Sequence[int], *, start: int | Int[Array, ""] | Int[Array, " #B"] = 0
 ) -> Tree:
     """The `Tree` in which ``parents[n] < n`` is the parent of ``n``, or -1 for a root.
 

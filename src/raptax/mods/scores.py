@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from .._errors import check_scale
 from .._pytree import pytree, static
 from .._types import MaskMod, ScoreMod
-from .combine import apply_mask, as_mod, entries, set_positive, set_whole, within
+from .checks import Mod, set_positive, set_whole
+from .combine import apply_mask, as_mod, entries, within
 
 
 def apply_score(score_mod: ScoreMod, scores: jax.Array, *at: jax.Array) -> jax.Array:
@@ -25,7 +27,7 @@ def apply_score(score_mod: ScoreMod, scores: jax.Array, *at: jax.Array) -> jax.A
 
 
 @pytree
-class SoftCap:
+class SoftCap(Mod):
     """``cap * tanh(scores / cap)``: bounds scores smoothly. Gemma 2, arXiv:2408.00118."""
 
     cap: float | Float[Array, ""]
@@ -41,7 +43,7 @@ class SoftCap:
 
 
 @pytree
-class ALiBi:
+class ALiBi(Mod):
     """Adds ``-slope[h] * |q - k|``. Press et al. 2022, arXiv:2108.12409."""
 
     slopes: Float[Array, " H"]
@@ -69,7 +71,7 @@ def alibi_slopes(heads: int) -> Float[Array, " {heads}"]:
 
 
 @pytree
-class Composed:
+class Composed(Mod):
     """Score changes applied left to right."""
 
     score_mods: tuple[Any, ...]
@@ -92,14 +94,14 @@ def compose_score_mods(*score_mods: ScoreMod | None) -> ScoreMod | None:
 
 
 @pytree
-class Temperature:
+class Temperature(Mod):
     """Multiplies scores by ``factor``, one number for all or one per head."""
 
     factor: Float[Array, "#H"] | Float[Array, ""]
 
     def __call__(self, scores, b_idx, h_idx, q_idx, kv_idx):
         factor = jnp.asarray(self.factor).astype(scores.dtype)
-        return scores * (factor[h_idx] if factor.ndim and factor.size > 1 else factor)
+        return scores * (entries(factor, h_idx) if factor.ndim else factor)
 
 
 def with_scale(
@@ -110,13 +112,14 @@ def with_scale(
     An array scale, which may be traced and may want a gradient, becomes the first score
     change, so that kernels know one kind of scale.
     """
-    if isinstance(scale, (int, float)):
+    check_scale(scale)
+    if isinstance(scale, int | float | np.generic):
         return float(scale), as_mod(score_mod)
     return 1.0, compose_score_mods(Temperature(jnp.asarray(scale)), score_mod)
 
 
 @pytree
-class RelativeBias:
+class RelativeBias(Mod):
     """Adds ``table[h, clip(k - q, -R, R) + R]``, a learned number per distance.
 
     Shaw et al. 2018, arXiv:1803.02155, clip distances like this.
@@ -131,7 +134,7 @@ class RelativeBias:
 
 
 @pytree
-class T5Bias:
+class T5Bias(Mod):
     """Adds ``table[bucket(k - q), h]``: T5's learned bias. arXiv:1910.10683.
 
     Half of the buckets hold one distance each, the others grow with its logarithm, and
@@ -177,7 +180,7 @@ def t5_buckets(buckets: int, max_distance: int) -> Int[np.ndarray, " distances"]
 
 
 @pytree
-class DenseBias:
+class DenseBias(Mod):
     """Adds ``bias[b, h, q, k]``, by absolute positions; axes of length 1 serve all.
 
     Adds 0 at positions beyond an axis. Rows of queries that start at position ``s`` are
@@ -195,7 +198,7 @@ class DenseBias:
 
 
 @pytree
-class MaskedScore:
+class MaskedScore(Mod):
     """Sets scores to -inf where ``mask_mod`` says no: a mask that is a score change.
 
     `attention` hands it to the kernels as the mask that it is when nothing changes the
@@ -223,7 +226,7 @@ def split_mask(score_mod: ScoreMod | None) -> tuple[ScoreMod | None, list[MaskMo
 
 
 @pytree
-class LogN:
+class LogN(Mod):
     """Multiplies by ``log(n) / log(train_length)`` where a query has more keys than that.
 
     ``n = q + 1`` is the number of keys up to the query. Keeps the softmax as sharp as it
