@@ -100,8 +100,10 @@ def _step(eqn: Any, ins: list[Interval], tiles: tuple[int, ...]) -> list[Interva
         return unknown
     if name == "gather":
         out = _gather(eqn, *ins, tiles=tiles)
+    elif name in RULES:
+        out = RULES[name](eqn, *ins)
     else:
-        out = RULES[name](eqn, *ins) if name in RULES else UNKNOWN
+        return unknown
     return [Interval(out.lo, out.hi, unsure or out.unsure, out.parts)]
 
 
