@@ -38,6 +38,7 @@ def check_qkv(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
             f"query and key must share a head size; got {query.shape[-1]} and "
             f"{key.shape[-1]}. Is one of them still (batch, length, heads, size)?"
         )
+    swapped = _swapped_axes(query.shape, key.shape)
     if key.shape[:3] != value.shape[:3]:
         raise ValueError(
             "key and value must agree in batch, heads and length; got "
@@ -48,12 +49,35 @@ def check_qkv(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
             "query and key must share a batch size; got "
             f"{query.shape[0]} and {key.shape[0]}."
         )
-    check_groups(query.shape[1], key.shape[1])
+    try:
+        check_groups(query.shape[1], key.shape[1])
+    except ValueError as error:
+        raise ValueError(f"{error}{swapped}") from None
+    for name, array in (("query", query), ("key", key), ("value", value)):
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise ValueError(
+                f"query, key and value must be of floats; {name} is {array.dtype}."
+            )
     if not query.dtype == key.dtype == value.dtype:
         raise ValueError(
             "query, key and value must share a dtype; got "
             f"{query.dtype}, {key.dtype} and {value.dtype}."
         )
+
+
+def _swapped_axes(query: tuple[int, ...], key: tuple[int, ...]) -> str:
+    """A question, if heads and lengths look swapped: few of what should be many."""
+    lengths = [shape[2] for shape in (query, key)]
+    heads = [shape[1] for shape in (query, key)]
+    if max(lengths) <= MOST_HEADS and max(heads) >= 2 * max(lengths) > 0:
+        return (
+            " Are these (batch, length, heads, size)? Here heads come first: give "
+            "x.swapaxes(1, 2)."
+        )
+    return ""
+
+
+MOST_HEADS = 128  # of models that are published
 
 
 def check_mask(mask: jax.Array | None, shape: tuple[int, int, int, int]) -> None:
@@ -85,8 +109,39 @@ def _check_broadcast(name: str, x: jax.Array, shape: tuple[int, int, int, int]) 
     if not fits:
         raise ValueError(
             f"{name} {x.shape} must broadcast to (batch, heads, queries, keys) = "
-            f"{shape}, one axis each."
+            f"{shape}, one axis each.{_swapped_axes(shape[:3], (0, shape[1], shape[3]))}"
         )
+
+
+def with_four_axes(
+    name: str, x: jax.Array | None, shape: tuple[int, int, int, int]
+) -> jax.Array | None:
+    """``x`` for scores of ``shape``, with the leading axes of length 1 that it lacks.
+
+    Raises:
+        ValueError: It fits as well with its first axis as that of sequences, and that
+            means something else; or only so.
+    """
+    if x is None or x.ndim > 3:
+        return x
+    by_head = (1,) * (4 - x.ndim) + x.shape
+    if x.ndim < 2 or x.shape[0] == 1:
+        return x.reshape(by_head)
+    by_sequence = (x.shape[0], *(1,) * (4 - x.ndim), *x.shape[1:])
+    fits, also = (
+        all(n in (1, size) for n, size in zip(reading, shape, strict=True))
+        for reading in (by_head, by_sequence)
+    )
+    if not also:
+        return x.reshape(by_head)
+    new = ", ".join(["None"] * (4 - x.ndim))
+    sequence = f"{name}[:, {new}] for one per sequence"
+    other = f"{name}[{new}] for " + ("one per head" if x.ndim == 3 else "all sequences")
+    raise ValueError(
+        f"{name} {x.shape} has fewer axes than (batch, heads, queries, keys) = {shape}, "
+        f"and its first one {'may be' if fits else 'fits only as'} that of the "
+        f"sequences: write {sequence}{f', or {other}' if fits else ''}."
+    )
 
 
 def check_sinks(sinks: jax.Array | None, heads: int) -> None:

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt32
 
 Indices = tuple[
@@ -147,6 +148,14 @@ class AttentionFn(Protocol):
         deterministic: bool = True,
         return_lse: bool = False,
     ) -> Attended: ...
+
+
+def as_array(x: Any) -> Any:
+    """NumPy's arrays and lists of numbers as JAX's; anything else as it is.
+
+    NumPy's numbers of 64 bits become those of 32 unless JAX is set to keep them.
+    """
+    return jnp.asarray(x) if isinstance(x, np.ndarray | list) else x
 
 
 def position_indices(

@@ -18,8 +18,9 @@ from ._errors import (
     check_sinks,
     check_start,
     choices,
+    with_four_axes,
 )
-from ._types import Attended, DropoutKey, MaskMod, ScoreMod
+from ._types import Attended, DropoutKey, MaskMod, ScoreMod, as_array
 from .block_mask import BlockMask
 from .kernels import KERNELS, Kernel, paged
 from .kernels.problem import traced_mods
@@ -65,14 +66,16 @@ def attention(
     kernel answers.
 
     Args:
-        mask: As in `AttentionFn`, of any rank that broadcasts to (B, H, T, S).
+        mask: As in `AttentionFn`, of any rank that broadcasts to (B, H, T, S). Leading
+            axes may be missing, unless what is left could be per sequence as well.
         bias: Likewise.
         segment_ids: For packed sequences; a query sees the keys with its own id. One
             array (B, S) where there are as many queries as keys, or a pair for queries
             (B, T) and keys (B, S).
         query_lengths: Sequence ``b`` has so many queries; later rows are padding, whose
-            output is zero.
-        key_lengths: Sequence ``b`` has so many keys; later ones are seen by nobody.
+            output is zero. At most T.
+        key_lengths: Sequence ``b`` has so many keys, at most S; later ones are seen by
+            nobody. Lengths may be lists, and every array may be NumPy's.
         query_start: Defaults to ``key_lengths - query_lengths``: the last query of each
             sequence stands at its last key, padding left aside.
         kernel: A name from `KERNELS`. Naming one turns "cannot" into an error.
@@ -97,23 +100,33 @@ def attention(
         deterministic=deterministic,
         return_lse=return_lse,
     )
-    problem = _traced(query, key, _as_problem(query, key, value, options))
+    (query, key, value), problem = _as_problem(query, key, value, options)
+    problem = _traced(query, key, problem)
     chosen = _choose(kernel, query, key, value, problem)
     return chosen.run(query, key, value, **problem)
 
 
 def _as_problem(
-    query: jax.Array, key: jax.Array, value: jax.Array, options: dict[str, Any]
-) -> dict[str, Any]:
-    """The options of `attention`, checked, as those that every kernel takes."""
+    query: Any, key: Any, value: Any, options: dict[str, Any]
+) -> tuple[tuple[jax.Array, jax.Array, jax.Array], dict[str, Any]]:
+    """Arrays, and the options of `attention` as those that every kernel takes."""
+    query, key, value = (as_array(x) for x in (query, key, value))
     check_qkv(query, key, value)
     (B, H, T, _), S = query.shape, key.shape[2]
-    problem = dict(options)
+    problem = {
+        name: option if name.endswith("_mod") else as_array(option)
+        for name, option in options.items()
+    }
     for name in ("mask", "bias"):
-        if (x := problem.get(name)) is not None and x.ndim < 4:
-            problem[name] = x.reshape((1,) * (4 - x.ndim) + x.shape)
-    check_mask(problem.get("mask"), (B, H, T, S))
-    check_bias(problem.get("bias"), (B, H, T, S))
+        problem[name] = with_four_axes(name, problem.get(name), (B, H, T, S))
+    _check_options(problem, (B, H, T, S))
+    return (query, key, value), _with_masks(problem, (B, T, S))
+
+
+def _check_options(problem: dict[str, Any], shape: tuple[int, int, int, int]) -> None:
+    B, H, T, S = shape
+    check_mask(problem.get("mask"), shape)
+    check_bias(problem.get("bias"), shape)
     check_sinks(problem.get("sinks"), H)
     check_scale(problem.get("scale"))
     check_start(problem.get("query_start"), B)
@@ -125,6 +138,11 @@ def _as_problem(
         problem.get("dropout_rate", 0.0),
         problem.get("deterministic", True),
     )
+
+
+def _with_masks(problem: dict[str, Any], shape: tuple[int, int, int]) -> dict[str, Any]:
+    """``problem`` with its ids and lengths as parts of its mask."""
+    _, T, S = shape
     names = "segment_ids", "query_lengths", "key_lengths"
     ids, queries, keys = (problem.pop(name, None) for name in names)
     plain = ids is queries is keys is None
@@ -142,7 +160,7 @@ def _as_problem(
     if start is None and not plain:
         start = (S if keys is None else keys) - (T if queries is None else queries)
     if ids is not None:
-        masks.append(_segments(ids, start, (B, T, S)))
+        masks.append(_segments(ids, start, shape))
     if keys is not None:
         masks.append(KeyLengths(keys))
     if queries is not None:
@@ -163,7 +181,7 @@ def _traced(
 
 def _segments(ids: SegmentIds, start: Any, shape: tuple[int, int, int]) -> Segments:
     B, T, S = shape
-    query_ids, key_ids = ids if isinstance(ids, tuple) else (ids, ids)
+    query_ids, key_ids = map(as_array, ids if isinstance(ids, tuple) else (ids, ids))
     if (query_ids.shape, key_ids.shape) != ((B, T), (B, S)):
         raise ValueError(
             f"segment_ids {query_ids.shape} for queries and {key_ids.shape} for keys "
@@ -210,7 +228,8 @@ def explain(
     """
     if unknown := options.keys() - inspect.signature(attention).parameters:
         raise TypeError(f"attention() takes no {choices(sorted(unknown))}.")
-    problem = _traced(query, key, _as_problem(query, key, value, options))
+    (query, key, value), problem = _as_problem(query, key, value, options)
+    problem = _traced(query, key, problem)
     candidates, lines, taken = _candidates(kernel), [], False
     for candidate in KERNELS:
         reason = candidate.why_not(query, key, value, **problem)
@@ -268,6 +287,8 @@ def paged_attention(
         jax.errors.JaxRuntimeError, ValueError: A page that is needed is not in the
             pool. From the native kernel only; the other one reads nothing there.
     """
+    query, k_pages, v_pages = (as_array(x) for x in (query, k_pages, v_pages))
+    table, lengths, row_offsets = (as_array(x) for x in (table, lengths, row_offsets))
     check_groups(query.shape[1], k_pages.shape[1])
     if query.shape[2] != k_pages.shape[3] or k_pages.shape[:3] != v_pages.shape[:3]:
         raise ValueError(

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from ._pytree import pytree, static
-from ._types import DropoutKey, Indices, MaskMod, ScoreMod
+from ._types import DropoutKey, Indices, MaskMod, ScoreMod, as_array
 from .dispatch import attention
 from .mods import Causal, Mask, as_mod, check_mods
 
@@ -51,7 +51,9 @@ def varlen_attention(
     Raises:
         ValueError: The offsets do not speak of the same sequences, or `attention` does.
     """
+    query, key, value = (as_array(x) for x in (query, key, value))
     key_offsets = row_offsets if key_offsets is None else key_offsets
+    row_offsets, key_offsets = as_array(row_offsets), as_array(key_offsets)
     if row_offsets.shape != key_offsets.shape:
         raise ValueError(
             f"row_offsets {row_offsets.shape} and key_offsets {key_offsets.shape} must "
