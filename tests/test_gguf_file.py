@@ -198,11 +198,6 @@ BAD = {
         file_of([], [tensor("blk.0.w")], bytes(100)),
         r"ends inside blk.0.w: needs 192 bytes, has 164. Was its download cut short\?",
     ),
-    "unreadable": (
-        file_of([], [tensor("blk.0.attn_q.weight", (256,), 17)], bytes(256)),
-        "blk.0.attn_q.weight is stored as IQ2_XS, which .* it reads F32, F16",
-    ),
-    "unknown": (file_of([], [tensor(encoding=99)], bytes(128)), "as encoding 99"),
     "axes": (file_of([], [tensor(shape=())]), "w has 0 axes"),
     "no rows": (file_of([], [tensor(shape=(32, 0))]), r"w has shape \(0, 32\)"),
     "half a block": (
@@ -216,6 +211,18 @@ BAD = {
 def test_bad_files_say_why(reading, data, sentence):
     with pytest.raises(ValueError, match=rf"model\.gguf .*{sentence}"):
         reading(data)
+
+
+@pytest.mark.parametrize(
+    ("number", "stored"), [(17, "IQ2_XS"), (26, "I32"), (99, "encoding 99")]
+)
+def test_tensors_of_other_encodings_stop_no_file(reading, number, stored):
+    """They are told apart, so that whoever needs one can refuse it by name."""
+    table = [tensor("a", (256,), number), tensor("b", offset=32)]
+    file = reading(file_of([], table, bytes(256)))
+    assert (list(file.tensors), file.unreadable) == (["b"], {"a": stored})
+    with pytest.raises(ValueError, match="two tensors named 'a'"):
+        reading(file_of([], [table[0], table[0]], bytes(256)))
 
 
 def test_missing_file_is_missing(tmp_path):

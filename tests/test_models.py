@@ -309,39 +309,42 @@ def tensor(name, shape=None):
 
 BAD = {
     "architecture": (dict(architecture="gpt-neox"), "architecture 'gpt-neox'.*'llama'"),
-    "experts": (field("expert_count", 4), "has 4 experts"),
+    "experts": (field("expert_count", 4), "expert_count=4 must be 0: raptax"),
     "layers differ": (
         field("attention.head_count_kv", [2, 2, 1]),
-        "another attention.head_count_kv in each layer",
+        r"attention.head_count_kv=\[2, 2, 1\] must be a whole number in",
     ),
     "no heads": (field("attention.head_count", 0), "attention.head_count=0"),
     "no layers": (
         field("block_count", 0),
-        "block_count=0 must be a whole number above",
+        r"block_count=0 must be a whole number in \[1, 65536\]",
     ),
     "half layers": (
         field("block_count", 2.5),
         "block_count=2.5 must be a whole number",
     ),
-    "more layers": (field("block_count", 2), "holds more layers than block_count=2"),
+    "more layers": (
+        field("block_count", 2),
+        "block_count=2 must be the number of .* holds, 3",
+    ),
     "words": (field("context_length", "long"), "context_length='long' must be a whole"),
     "widths": (
         field("feed_forward_length", [96] * 3),
-        "another feed_forward_length in",
+        r"feed_forward_length=\[96, 96, 96\] must be",
     ),
     "values": (field("attention.value_length", 8), "value_length=8 must equal .* 16"),
     "slow rope": (
         field("rope.freq_base", 0.0),
-        "freq_base=0.0 must be a number above 0",
+        r"freq_base=0.0 must be a number in \[1, 1e\+12\]",
     ),
     "still rope": (field("rope.freq_base", 1.0), "theta=1.0 must be above 1"),
     "no factor": (
         field("rope.scaling.factor", 0.0),
-        "factor=0.0 must be a number above",
+        "factor=0.0 must be a number in",
     ),
     "unknown rope": (
-        field("rope.scaling.attn_factor", 1.0),
-        "field llama.rope.scaling.attn_factor, unknown here",
+        field("rope.scaling.attn_factor", 2.0),
+        "llama.rope.scaling.attn_factor=2.0 must be 1.0",
     ),
     "groups": (field("attention.head_count_kv", 3), "query_heads=4 .* kv_heads=3"),
     **{
@@ -374,7 +377,7 @@ BAD = {
     ),
     "embedding": (
         tensor("token_embd.weight", (279, 32)),
-        r"token_embd.weight must be \(279, 64\)",
+        r"token_embd.weight must be \(any, 64\)",
     ),
     "head": (tensor("output.weight", (278, 64)), r"output.weight must be \(279, 64\)"),
     "norm": (tensor("output_norm.weight", (32,)), r"output_norm.weight .*\(64,\)"),
@@ -383,7 +386,10 @@ BAD = {
         field("rope.scaling.type", "longrope"),
         "rope.scaling.type='longrope' is not one of 'none', 'linear', 'yarn'",
     ),
-    "divisors": (tensor("rope_freqs.weight", (7,)), r"rope_freqs.weight \(7,\) .* 8 "),
+    "divisors": (
+        tensor("rope_freqs.weight", (7,)),
+        r"rope_freqs.weight must be \(8,\)",
+    ),
     "part of it": (
         field("rope.dimension_count", 8),
         "dimension_count=8 must equal .* 16",
@@ -394,7 +400,7 @@ BAD = {
 @pytest.mark.parametrize(("change", "sentence"), BAD.values(), ids=BAD)
 def test_bad_models_say_why(tmp_path, change, sentence):
     path = tiny.write(tmp_path / "tiny.gguf", **change)
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(ValueError, match=rf"^{path}: .*{sentence}"):
         decoder_of(path)
 
 

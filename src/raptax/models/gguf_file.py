@@ -31,7 +31,7 @@ from jaxtyping import Float, UInt8
 from ..quant.gguf import Encoding
 
 _ENCODINGS = {encoding.number: encoding for encoding in Encoding}
-# The rest of ggml's list, to be refused by name.
+# The rest of ggml's list, for their names.
 _UNREADABLE = {
     9: "Q8_1", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S",
     20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16",
@@ -91,11 +91,12 @@ class GGUFFile:
     Attributes:
         fields: Numbers, bools, strings, and lists of them.
         tensors: Each a `Tensor`.
+        unreadable: The other tensors: by name, the encoding that raptax does not read.
 
     Raises:
-        ValueError: The file is not GGUF, is damaged or cut short, or is of a version or
-            holds a tensor in an encoding that raptax does not read. The message names
-            the file and what is wrong with it.
+        ValueError: The file is not GGUF, is damaged or cut short, or is of a version
+            that raptax does not read. The message names the file and what is wrong
+            with it.
         OSError: The file cannot be opened.
     """
 
@@ -103,6 +104,7 @@ class GGUFFile:
         self.path = os.fspath(path)
         self.fields: dict[str, Any] = {}
         self.tensors: dict[str, Tensor] = {}
+        self.unreadable: dict[str, str] = {}
         if os.path.getsize(self.path) == 0:
             raise ValueError(f"{self.path} is empty. Was its download cut short?")
         data = np.memmap(self.path, np.uint8, mode="r").view(np.ndarray)
@@ -133,8 +135,11 @@ class GGUFFile:
         start = -(-cursor.at // alignment) * alignment
         spans = []
         for name, shape, encoding, offset in table:
-            if name in self.tensors:
+            if name in self.tensors or name in self.unreadable:
                 raise _Wrong(f"is damaged: it has two tensors named {name!r}.")
+            if isinstance(encoding, str):
+                self.unreadable[name] = encoding
+                continue
             if offset % alignment:
                 raise _Wrong(
                     f"is damaged: {name} starts at byte {offset} of the data, which is "
@@ -230,8 +235,8 @@ class _Cursor:
         values = np.frombuffer(self.take(count * dtype.itemsize, what), dtype)
         return (values.astype(bool) if kind == _BOOL else values).tolist()
 
-    def tensor(self) -> tuple[str, tuple[int, ...], Encoding, int]:
-        """A row of the tensor table: name, shape, encoding, offset."""
+    def tensor(self) -> tuple[str, tuple[int, ...], Encoding | str, int]:
+        """A row of the tensor table: name, shape, encoding or its name, offset."""
         name = self.string("a tensor's name")
         (axes,) = self.numbers("<I", name)
         if not 1 <= axes <= 4:
@@ -239,11 +244,7 @@ class _Cursor:
         shape = self.numbers(f"<{axes}Q", name)[::-1]
         number, offset = self.numbers("<IQ", name)
         if number not in _ENCODINGS:
-            stored = _UNREADABLE.get(number, f"encoding {number}")
-            raise _Wrong(
-                f"cannot be read: {name} is stored as {stored}, which raptax does not "
-                f"read; it reads {', '.join(Encoding.__members__)}."
-            )
+            return name, shape, _UNREADABLE.get(number, f"encoding {number}"), offset
         encoding = _ENCODINGS[number]
         if 0 in shape or shape[-1] % encoding.values:
             raise _Wrong(

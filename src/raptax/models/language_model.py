@@ -5,20 +5,40 @@ import os
 import pathlib
 from collections.abc import Callable
 
-from .decoder import Decoder
+from .decoder import Decoder, DecoderConfig
+from .fields import Fields, errors_of
 from .gguf_file import GGUFFile
-from .llama import Weights, decoder_from_gguf
+from .llama import Weights, config_from_gguf, decoder_from_gguf
 from .published import MODELS, fetch
 from .tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModel:
-    """What it takes to turn text into text."""
+    """What it takes to turn text into text.
+
+    Raises:
+        ValueError: The decoder's vocabulary has more or fewer rows than the tokenizer
+            has tokens. (llama.cpp refuses such files too: a row without a token could
+            be sampled and has no text, and a token without a row has no vector.)
+    """
 
     name: str
     decoder: Decoder
     tokenizer: Tokenizer
+
+    def __post_init__(self) -> None:
+        _check_vocabulary(self.decoder.config, self.tokenizer)
+
+
+def _check_vocabulary(config: DecoderConfig, tokenizer: Tokenizer) -> None:
+    rows, tokens = config.vocab_size, tokenizer.vocab_size
+    if rows != tokens:
+        raise ValueError(
+            f"the embedding has {rows} rows for {tokens} tokens; each row must be a "
+            "token. A padded embedding needs as many padding tokens in "
+            "tokenizer.ggml.tokens, of type 5 (unused)."
+        )
 
 
 def load(
@@ -49,9 +69,12 @@ def load(
         if progress is not None:
             progress(done, total)
 
-    decoder = decoder_from_gguf(file, weights, report)
-    title = file.fields.get("general.name", pathlib.Path(name).stem)
-    return LanguageModel(title, decoder, Tokenizer.from_gguf(file.fields))
+    config = config_from_gguf(file)
+    with errors_of(file.path):
+        title = Fields(file.fields, "general.").text("name", pathlib.Path(name).stem)
+        tokenizer = Tokenizer.from_gguf(file.fields)
+        _check_vocabulary(config, tokenizer)
+    return LanguageModel(title, decoder_from_gguf(file, weights, report), tokenizer)
 
 
 def _existing(path: str) -> str:
