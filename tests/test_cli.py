@@ -85,6 +85,19 @@ def test_options_reach_the_sampler(path, model):
     assert want != continued(model, sampler=sampler, seed=4)
 
 
+def test_stop_strings_end_the_text(path, model):
+    text = continued(model)
+    first, second = text[6:8], text[3:5]
+    assert min(text.index(first), text.index(second)) > 0
+    ends = [text[: text.index(stop)] for stop in (first, second)]
+    result = written(path, PROMPT, "--max-tokens", 12, "--stop", first)
+    assert result.stdout == f"{PROMPT}{ends[0]}\n"
+    result = written(
+        path, PROMPT, "--max-tokens", 12, "--stop", first, "--stop", second
+    )
+    assert result.stdout == f"{PROMPT}{min(ends, key=len)}\n"
+
+
 def test_chat_uses_the_models_format_and_prints_the_answer_alone(tmp_path):
     fields = {"tokenizer.ggml.add_bos_token": True}
     path = tiny.write(tmp_path / "chat.gguf", encodings="Q8_0", fields=fields)
@@ -185,14 +198,15 @@ SLIPS = {
     "long answer": ([PROMPT, "--max-tokens", 1000], "context of 256"),
     "no answer": ([PROMPT, "--max-tokens", 0], "max_tokens=0 must be at least 1"),
     "empty prompt": ([""], "the prompt has no tokens"),
-    "temperature": ([PROMPT, "--temperature", -1], "temperature=-1.0 must lie in [0, "),
+    "temperature": ([PROMPT, "--temperature", -1], "temperature=-1.0 must be 0 or lie"),
     "top_k": ([PROMPT, "--temperature", 1, "--top-k", 0], "top_k=0 must lie in"),
     "huge top_k": ([PROMPT, "--temperature", 1, "--top-k", 10**12], "top_k=10000000"),
     "top_p": ([PROMPT, "--temperature", 1, "--top-p", 2], "top_p=2.0 must lie in [0, 1]"),
     "min_p": ([PROMPT, "--temperature", 1, "--min-p", -1], "min_p=-1.0 must lie in"),
-    "penalty": ([PROMPT, "--repetition-penalty", 0], "repetition_penalty=0.0 must be"),
+    "penalty": ([PROMPT, "--repetition-penalty", 0], "repetition_penalty=0.0 must lie"),
     "greedy top_k": ([PROMPT, "--top-k", 5], "top_k choose among likely tokens, which"),
     "huge seed": ([PROMPT, "--seed", 2**40], "seed=1099511627776 must lie in"),
+    "empty stop": ([PROMPT, "--stop", ""], "stop='' must be text that is not empty"),
     "seed": ([PROMPT, "--seed", -1], "seed=-1 must lie in [0, 2**32)"),
 }  # fmt: skip
 

@@ -227,7 +227,12 @@ def test_the_same_key_draws_the_same():
 @pytest.mark.parametrize(
     ("given", "sentence"),
     [
-        (dict(temperature=-0.1), r"temperature=-0.1 must lie in \[0, inf\]"),
+        (dict(temperature=-0.1), r"temperature=-0.1 must be 0 or lie in \[1.2e-38"),
+        (dict(temperature=1e-39), "temperature=1e-39 must be 0 or lie in"),
+        (dict(temperature="1"), "temperature='1' must be a number"),
+        (dict(temperature=True), "temperature=True must be a number"),
+        (dict(temperature=1.0, top_k=2.5), "top_k=2.5 must be a whole number"),
+        (dict(temperature=1.0, top_p=[0.5]), r"top_p=\[0.5\] must be a number"),
         (dict(temperature=math.nan), "temperature=nan"),
         (dict(temperature=1.0, top_k=0), "top_k=0 must lie in"),
         (dict(temperature=1.0, top_k=-1), "top_k=-1"),
@@ -237,7 +242,7 @@ def test_the_same_key_draws_the_same():
         (dict(temperature=1.0, top_p=math.nan), "top_p=nan"),
         (dict(temperature=1.0, min_p=1.5), "min_p=1.5"),
         (dict(temperature=1.0, min_p=-1.0), "min_p=-1.0"),
-        (dict(repetition_penalty=0.0), "repetition_penalty=0.0 must be above 0"),
+        (dict(repetition_penalty=0.0), "repetition_penalty=0.0 must lie in"),
         (dict(repetition_penalty=-2.0), "repetition_penalty=-2.0"),
         (dict(repetition_penalty=math.nan), "repetition_penalty=nan"),
         (dict(repetition_penalty=math.inf), "repetition_penalty=inf"),
@@ -248,6 +253,8 @@ def test_the_same_key_draws_the_same():
 def test_numbers_out_of_range(given, sentence):
     with pytest.raises(ValueError, match=sentence):
         Sampler.create(**given)
+    with pytest.raises(ValueError, match=sentence):
+        Sampler(**given).checked()  # which `generate` asks for
 
 
 def test_ends_of_the_ranges_are_allowed():
@@ -255,6 +262,14 @@ def test_ends_of_the_ranges_are_allowed():
         Sampler.create(temperature=temperature, top_k=1, top_p=0.0, min_p=0.0)
         Sampler.create(temperature=temperature, top_k=10**6, top_p=1.0, min_p=1.0)
     assert Sampler.create(temperature=0.0) == Sampler.create() == Sampler()
+
+
+def test_a_temperature_near_0_takes_the_likeliest():
+    logits, seen = jnp.asarray([1.0, 9.0, 8.999, -3.0]), jnp.zeros(4, bool)
+    for temperature in (1.2e-38, 1e-30, 1e-9):
+        sampler = Sampler.create(temperature=temperature)
+        drawn = {int(sampler(logits, seen, jax.random.key(n))) for n in range(20)}
+        assert drawn == {1}
 
 
 def test_a_number_compiles_nothing_anew():

@@ -214,7 +214,7 @@ def test_what_cannot_be_encoded_or_decoded_is_named():
     tokenizer = Tokenizer.from_gguf(fields)
     with pytest.raises(ValueError, match=r"add_bos needs .*bos_token_id"):
         tokenizer.encode("a", add_bos=True)
-    with pytest.raises(ValueError, match="surrogates not allowed"):
+    with pytest.raises(ValueError, match=r"lone surrogate at 1, '\\ud800'"):
         tokenizer.encode("a\ud800")
     for id in (-1, 59):
         with pytest.raises(ValueError, match=f"id={id} is not in the vocabulary of 59"):

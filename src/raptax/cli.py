@@ -16,7 +16,8 @@ from .models import LanguageModel, load
 from .models import fetch as fetch_model
 from .models.llama import Weights
 from .models.published import cache_path
-from .serving import Sampler, generate_ids, text_of
+from .serving import Sampler, generate_ids, text_of, until
+from .serving.prompt import checked_stops
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -78,6 +79,9 @@ def generate(
         float | None, typer.Option(help="Above 1 discourages repeating.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the sampler.")] = 0,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="End before this text; may be repeated.")
+    ] = None,
     weights: Annotated[
         str, typer.Option(help="In memory: blocks, codes or float32.")
     ] = "codes",
@@ -92,6 +96,7 @@ def generate(
             min_p=min_p,
             repetition_penalty=repetition_penalty,
         )
+        stops = checked_stops(stop or [])
         text = sys.stdin.read() if prompt == "-" else prompt
         loaded = _load(model, weights)  # type: ignore[arg-type]
         if chat:
@@ -110,7 +115,7 @@ def generate(
         )
         if not chat:
             print(text, end="", flush=True)
-        for piece in text_of(timed, loaded.tokenizer, ids):
+        for piece in until(text_of(timed, loaded.tokenizer, ids), stops):
             print(piece, end="", flush=True)
         print()
         _err.print(timed.report(), style="dim", highlight=False)

@@ -17,6 +17,7 @@ import datetime
 import enum
 import functools
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -219,10 +220,10 @@ class Tokenizer:
                 either way.
 
         Raises:
-            ValueError: The text has a lone surrogate (as `UnicodeEncodeError`), or an
-                id is asked for that the metadata does not name.
+            ValueError: It is no text or has a lone surrogate, or an id is asked for
+                that the metadata does not name.
         """
-        text.encode()  # says where a lone surrogate is; the library only says "not str"
+        _check_text(text)
         ids = self._bracket("bos", self.bos_id, self._add_bos, add_bos)
         for part in self._cut(text, special):
             if isinstance(part, int):
@@ -348,6 +349,16 @@ class Stream:
     def finish(self) -> str:
         """U+FFFD if the last character was not finished, else nothing."""
         return self._utf8.decode(b"", final=True)
+
+
+def _check_text(text: str) -> None:
+    if not isinstance(text, str):
+        raise ValueError(f"text must be a str; got {type(text).__name__}.")
+    if found := re.search("[\ud800-\udfff]", text):
+        raise ValueError(
+            f"the text has a lone surrogate at {found.start()}, {found[0]!r}, which is "
+            "half a character; was it decoded with errors='surrogateescape'?"
+        )
 
 
 def _required(fields, name):

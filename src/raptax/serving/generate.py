@@ -2,8 +2,10 @@
 
 import dataclasses
 import functools
+import operator
+import secrets
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ from ..caches import PageAllocator, PagedKVCache
 from ..models.decoder import Decoder
 from ..models.language_model import LanguageModel
 from ..models.tokenizer import Tokenizer
+from .prompt import Ids, Prompt, checked_ids, checked_stops, ids_of, until
 from .sampler import Sampler
 
 PREFILL_ROWS = 512  # of a prompt at once: bounds the memory that prefill takes
@@ -23,27 +26,31 @@ GREEDY = Sampler()
 
 def generate(
     model: LanguageModel,
-    prompt: str | Sequence[int],
+    prompt: Prompt,
     *,
-    max_tokens: int = 128,
+    max_tokens: SupportsIndex = 128,
     sampler: Sampler = GREEDY,
-    seed: int = 0,
+    seed: SupportsIndex | None = 0,
+    stop: str | Sequence[str] = (),
 ) -> Iterator[str]:
     """Continues ``prompt``, and yields the text as it comes.
 
     Args:
         model: What `raptax.models.load` returns.
-        prompt: Text, or token ids as `Tokenizer.encode` gives them.
+        prompt: Text; token ids as `Tokenizer.encode` gives them, in a sequence or an
+            array; or messages for `Tokenizer.encode_chat`. One prompt, not several.
         max_tokens: Stop after this many tokens, if the model has not ended before.
         sampler: How to pick tokens.
-        seed: Of the sampler, below 2**32. The text depends on it, not on how the work
-            is cut.
+        seed: Of the sampler, below 2**32; None takes another one each time. The text
+            depends on it, not on how the work is cut.
+        stop: Strings that end the text where they occur; they are not part of it.
 
     Raises:
-        ValueError: The prompt is empty, or too long for the model's context, or a number
-            is out of range.
+        ValueError: The prompt is empty, of another kind, or too long for the model's
+            context, or a number is out of range.
     """
-    ids = model.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+    stops = checked_stops(stop)
+    ids = ids_of(prompt, model.tokenizer)
     tokens = generate_ids(
         model.decoder,
         ids,
@@ -52,7 +59,7 @@ def generate(
         seed=seed,
         stop=model.tokenizer.stop_ids,
     )
-    return text_of(tokens, model.tokenizer, ids)
+    return until(text_of(tokens, model.tokenizer, ids), stops)
 
 
 def text_of(
@@ -69,19 +76,27 @@ def text_of(
 
 def generate_ids(
     decoder: Decoder,
-    prompt: Sequence[int],
+    prompt: Ids,
     *,
-    max_tokens: int,
+    max_tokens: SupportsIndex,
     sampler: Sampler = GREEDY,
-    seed: int = 0,
+    seed: SupportsIndex | None = 0,
     stop: frozenset[int] = frozenset(),
 ) -> Iterator[int]:
     """The token ids of `generate`; one of ``stop``, if it comes, is the last."""
-    config = decoder.config
-    check_prompt(prompt, max_tokens, config)
-    if not 0 <= seed < 2**32:  # JAX would drop the higher bits
+    ids = checked_ids(prompt)
+    tokens = _whole("max_tokens", max_tokens)
+    check_prompt(ids, tokens, decoder.config)
+    number = _whole("seed", secrets.randbits(32) if seed is None else seed)
+    if not 0 <= number < 2**32:  # JAX would drop the higher bits
         raise ValueError(f"seed={seed} must lie in [0, 2**32).")
-    return _Run(decoder, prompt, max_tokens, sampler, seed, stop).tokens()
+    return _Run(decoder, ids, tokens, sampler.checked(), number, stop).tokens()
+
+
+def _whole(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise ValueError(f"{name}={value!r} must be a whole number.")
+    return operator.index(value)
 
 
 def check_prompt(prompt: Sequence[int], max_tokens: int, config: Any) -> None:

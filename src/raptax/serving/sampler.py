@@ -1,12 +1,16 @@
 """From logits to the next token."""
 
+import dataclasses
 import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from .._pytree import pytree
+
+_TINY = float(np.finfo(np.float32).tiny)
 
 
 @pytree
@@ -45,29 +49,31 @@ class Sampler:
         min_p: float | None = None,
         repetition_penalty: float | None = None,
     ) -> "Sampler":
-        """Checks the numbers first.
+        """A sampler of numbers that `checked` finds in range."""
+        return cls(temperature, top_k, top_p, min_p, repetition_penalty).checked()
+
+    def checked(self) -> "Sampler":
+        """The same with a temperature of 0 as None, if all numbers are in range.
 
         Raises:
             ValueError: A number out of its range, or a limit on the choice when there
                 is none to make because no temperature is given.
         """
-        limits = {"top_k": top_k, "top_p": top_p, "min_p": min_p}
-        _check("temperature", temperature, 0, math.inf)
-        _check("top_k", top_k, 1, 2**31 - 1)
-        _check("top_p", top_p, 0, 1)
-        _check("min_p", min_p, 0, 1)
-        if repetition_penalty is not None and not 0 < repetition_penalty < math.inf:
+        # Below float32's smallest normal number a division overflows everywhere.
+        _check("temperature", self.temperature, _TINY, math.inf, zero=True)
+        _check("top_k", self.top_k, 1, 2**31 - 1, whole=True)
+        _check("top_p", self.top_p, 0, 1)
+        _check("min_p", self.min_p, 0, 1)
+        _check("repetition_penalty", self.repetition_penalty, 1e-30, 1e30)
+        limits = {"top_k": self.top_k, "top_p": self.top_p, "min_p": self.min_p}
+        given = [name for name, value in limits.items() if value is not None]
+        greedy = self.temperature is None or bool(self.temperature == 0)
+        if given and greedy:
             raise ValueError(
-                f"repetition_penalty={repetition_penalty} must be above 0 and finite."
+                f"{', '.join(given)} choose among likely tokens, which needs a "
+                f"temperature above 0; got temperature={self.temperature}."
             )
-        if not temperature:
-            if given := [name for name, value in limits.items() if value is not None]:
-                raise ValueError(
-                    f"{', '.join(given)} choose among likely tokens, which needs a "
-                    f"temperature above 0; got temperature={temperature}."
-                )
-            temperature = None
-        return cls(temperature, top_k, top_p, min_p, repetition_penalty)
+        return dataclasses.replace(self, temperature=None) if greedy else self
 
     def __call__(
         self,
@@ -81,7 +87,8 @@ class Sampler:
             logits = jnp.where(seen, penalised, logits)
         if self.temperature is None:
             return jnp.argmax(logits).astype(jnp.int32)
-        logits = logits / self.temperature
+        # From the largest, so that no small temperature makes two of them infinite.
+        logits = (logits - logits.max()) / self.temperature
         if self.top_k is not None or self.top_p is not None:
             logits = jnp.where(logits >= self._least(logits), logits, -jnp.inf)
         if self.min_p is not None:
@@ -103,6 +110,15 @@ class Sampler:
         return jnp.where(kept, best_first, jnp.inf).min()
 
 
-def _check(name: str, value: int | float | None, low: int, high: int | float) -> None:
-    if value is not None and not low <= value <= high:
-        raise ValueError(f"{name}={value} must lie in [{low}, {high}].")
+def _check(name, value, low, high, *, whole=False, zero=False):
+    if value is None:
+        return
+    number = np.asarray(value)
+    kinds = (np.integer,) if whole else (np.integer, np.floating)
+    if number.ndim or not any(jnp.issubdtype(number.dtype, kind) for kind in kinds):
+        raise ValueError(
+            f"{name}={value!r} must be a {'whole ' if whole else ''}number."
+        )
+    if not (low <= number <= high or (zero and number == 0)):
+        least = f"be 0 or lie in [{low:.2g}" if zero else f"lie in [{low:.5g}"
+        raise ValueError(f"{name}={value} must {least}, {high:.10g}].")
