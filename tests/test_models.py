@@ -346,7 +346,10 @@ BAD = {
         field("rope.scaling.attn_factor", 2.0),
         "llama.rope.scaling.attn_factor=2.0 must be 1.0",
     ),
-    "groups": (field("attention.head_count_kv", 3), "query_heads=4 .* kv_heads=3"),
+    "groups": (
+        field("attention.head_count_kv", 3),
+        "head_count=4 must be a multiple of attention.head_count_kv=3",
+    ),
     **{
         f"no {name}": (field(name), f"lacks the field 'llama.{re.escape(name)}'")
         for name in (

@@ -187,16 +187,21 @@ def test_merges_from_scores_follow_sentencepiece(words, texts):
 @pytest.mark.parametrize(
     ("fields", "complaint"),
     [
-        ({}, "tokenizer.ggml.model is missing"),
+        ({}, "lacks the field 'tokenizer.ggml.model'"),
         (byte_level(model="bert"), "'bert' is not one of 'gpt2', 'llama'"),
         (byte_level(pre="mine"), "pre='mine' is not one of 'chatglm-bpe', .*'smollm'"),
         (byte_level(tokens=["a", "a"]), "has 'a' twice"),
         (byte_level(token_type=[1]), "token_type has 1 entries for 59 tokens"),
         (byte_level(merges=["a c"]), "'a c', which does not join two tokens"),
         (byte_level(add_space_prefix=True), "add_space_prefix has no agreed meaning"),
-        (byte_level(add_sep_token=True), "add_sep_token is set"),
+        (byte_level(add_sep_token=True), "add_sep_token=True must be False"),
         (byte_level(eot_token_id=59), "eot_token_id=59 is not in the vocabulary of 59"),
+        (byte_level(lowercase=True), "lowercase=True: raptax does not know what"),
+        (byte_level(**{"normalizer.lowercase": True}), "lowercase=True must be False"),
+        (byte_level(token_type=[*[1] * 58, 6]), "'<tag>', whose type is byte"),
+        (byte_level(token_type=[*[1] * 58, 7]), r"whole numbers in \[0, 6\]"),
         (sentencepiece(scores=[0, 0]), "scores has 262 entries for 260 tokens"),
+        (sentencepiece(["x" * 1025]), "a token of 1025 letters, .* with 'xxxx"),
         (
             sentencepiece(tokens=["a"], token_type=[1]),
             "lacks the byte token '<0x00>'",
@@ -221,6 +226,14 @@ def test_what_cannot_be_encoded_or_decoded_is_named():
             tokenizer.decode([id])
 
 
+def test_a_token_id_of_all_ones_means_none():
+    for none in (-1, 2**32 - 1):
+        fields = byte_level(bos_token_id=none, padding_token_id=none)
+        assert Tokenizer.from_gguf(fields).bos_id is None
+        assert Tokenizer.from_gguf(sentencepiece(bos_token_id=none)).bos_id is None
+    assert Tokenizer.from_gguf(sentencepiece()).bos_id == 1
+
+
 def test_tokens_end_a_turn_by_metadata_and_by_spelling():
     names = ["a", "<|im_end|>", "<|end|>", "</s>"]
     fields = byte_level(
@@ -234,7 +247,9 @@ def test_tokens_end_a_turn_by_metadata_and_by_spelling():
 
 
 def chat_of(template, *messages, **options):
-    fields = byte_level() | {"tokenizer.chat_template": template}
+    fields = byte_level()
+    if template is not None:
+        fields["tokenizer.chat_template"] = template
     return Tokenizer.from_gguf(fields).chat(list(messages), **options)
 
 

@@ -15,6 +15,15 @@ import numpy as np
 from gguf import GGMLQuantizationType as Kind
 
 
+@dataclasses.dataclass(frozen=True)
+class Typed:
+    """A field's value with the type that the file gives it, and that of its items."""
+
+    value: Any
+    kind: gguf.GGUFValueType
+    of: gguf.GGUFValueType | None = None
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sizes:
     width: int = 64
@@ -170,6 +179,8 @@ def write(
 
 def _add_field(writer: gguf.GGUFWriter, name: str, value: Any) -> None:
     match value:
+        case Typed():
+            writer.add_key_value(name, value.value, value.kind, value.of)
         case bool():
             writer.add_bool(name, value)
         case int():

@@ -180,6 +180,12 @@ def _config(file: GGUFFile, fields: Fields) -> DecoderConfig:
         raise ValueError(
             f"attention.value_length={value} must equal the head size {head_dim}."
         )
+    kv_heads = _count(fields, "attention.head_count_kv", heads)
+    if heads % kv_heads:
+        raise ValueError(
+            f"attention.head_count={heads} must be a multiple of "
+            f"attention.head_count_kv={kv_heads}."
+        )
     layers = _count(fields, "block_count")
     if layers != (held := _layers_in(file)):
         raise ValueError(
@@ -191,7 +197,7 @@ def _config(file: GGUFFile, fields: Fields) -> DecoderConfig:
         hidden_size=width,
         num_layers=layers,
         num_attention_heads=heads,
-        num_key_value_heads=_count(fields, "attention.head_count_kv", heads),
+        num_key_value_heads=kv_heads,
         head_dim=head_dim,
         intermediate_size=_count(fields, "feed_forward_length"),
         rms_norm_eps=_number(fields, "attention.layer_norm_rms_epsilon"),

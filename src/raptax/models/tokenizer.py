@@ -18,7 +18,7 @@ import enum
 import functools
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import jinja2
@@ -28,6 +28,7 @@ import tokenizers
 from tokenizers import models, pre_tokenizers
 
 from .._errors import choices
+from .fields import Fields
 
 
 class Kind(enum.IntEnum):
@@ -103,8 +104,29 @@ _STOPS = """
 """
 _STOP_KEYS = ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep")
 
-# What other readers do with these changes ids, and this one does not do it.
-_UNSUPPORTED = ("add_sep_token", "remove_extra_whitespaces", "precompiled_charsmap")
+# Fields whose default is all that is done here.
+_NEUTRAL = {
+    "add_sep_token": (False,),
+    "remove_extra_whitespaces": (False,),
+    "escape_whitespaces": (True,),
+    "normalizer.lowercase": (False,),
+    "precompiled_charsmap": ([],),
+}
+# Fields that change no id and no text here, and why.
+_IGNORED = {
+    **dict.fromkeys(
+        ("cls_token_id", "seperator_token_id", "mask_token_id", "token_type_count"),
+        "of BERT's two segments, which are not made here",
+    ),
+    **dict.fromkeys(
+        (
+            *("fim_pre_token_id", "fim_suf_token_id", "fim_mid_token_id"),
+            *("prefix_token_id", "suffix_token_id", "middle_token_id"),
+        ),
+        "of fill-in-the-middle prompts, which are not written here",
+    ),
+}
+_MAX_TOKEN = 1024  # letters: ways to halve tokens are listed, which takes its square
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,22 +157,20 @@ class Tokenizer:
         tokens: Sequence[str],
         kinds: Sequence[int],
         model: _Model,
-        fields: Mapping[str, Any],
+        fields: Fields,
+        template: str | None,
     ):
-        def of(name):
-            key = f"tokenizer.ggml.{name}_token_id"
-            if (id := fields.get(key, model.special.get(name))) is not None:
-                _check_id(id, len(tokens), key)
-            return id
+        def of(name: str) -> int | None:
+            return _token_id(fields, name, model.special.get(name), len(tokens))
 
         self._tokens, self._kinds, self._model = tokens, kinds, model
         self.vocab_size = len(tokens)
         self.bos_id: int | None = of("bos")
         self.eos_id: int | None = of("eos")
         self.stop_ids = _stop_ids(tokens, kinds, map(of, _STOP_KEYS))
-        self._add_bos = bool(fields.get("tokenizer.ggml.add_bos_token", model.add_bos))
-        self._add_eos = bool(fields.get("tokenizer.ggml.add_eos_token", False))
-        self._template: str | None = fields.get("tokenizer.chat_template")
+        self._add_bos: bool = fields.flag("add_bos_token", model.add_bos)
+        self._add_eos: bool = fields.flag("add_eos_token", False)
+        self._template = template
         named = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
         self._names = {
             f"{short}_token": tokens[id]
@@ -173,29 +193,41 @@ class Tokenizer:
 
         Raises:
             ValueError: The tokenizer model or its pre-tokenizer is not one of those
-                known here, a key is missing, or one asks for what is not done here.
+                known here, a key is missing or of another type, or one is unknown or
+                asks for what is not done here. The message names the key.
         """
-        for name in _UNSUPPORTED:
-            if fields.get(f"tokenizer.ggml.{name}"):
-                raise ValueError(
-                    f"tokenizer.ggml.{name} is set, which changes ids in a way that "
-                    "is not supported."
-                )
-        name = _required(fields, "model")
+        known = Fields(fields, "tokenizer.ggml.")
+        known.ignore(*_IGNORED)
+        for name, allowed in _NEUTRAL.items():
+            known.neutral(name, allowed)
+        tokenizer = cls._from(known, Fields(fields, "tokenizer."))
+        known.refuse_the_rest()
+        return tokenizer
+
+    @classmethod
+    def _from(cls, fields: Fields, above: Fields) -> "Tokenizer":
+        name = fields.text("model")
         if name not in _MODELS:
             raise ValueError(
                 f"tokenizer.ggml.model={name!r} is not one of {choices(_MODELS)}."
             )
         # An empty entry could match anywhere; give it the name llama.cpp gives it.
-        named = enumerate(_required(fields, "tokens"))
+        named = enumerate(fields.texts("tokens"))
         tokens = [token or f"[EMPTY_{id}]" for id, token in named]
         vocab = {token: id for id, token in enumerate(tokens)}
         if len(vocab) != len(tokens):
             twice = next(t for id, t in enumerate(tokens) if vocab[t] != id)
             raise ValueError(f"tokenizer.ggml.tokens has {twice!r} twice.")
-        kinds = _per_token(fields, "token_type", vocab)
-        model = _MODELS[name](fields, vocab)
-        return cls(tokens=tokens, kinds=kinds, model=model, fields=fields)
+        kinds = fields.integers("token_type", 0, max(Kind))
+        _check_length("token_type", kinds, vocab)
+        _check_bytes(tokens, kinds)
+        return cls(
+            tokens=tokens,
+            kinds=kinds,
+            model=_MODELS[name](fields, vocab),
+            fields=fields,
+            template=above.text("chat_template", None),
+        )
 
     def encode(
         self,
@@ -361,25 +393,34 @@ def _check_text(text: str) -> None:
         )
 
 
-def _required(fields, name):
-    key = f"tokenizer.ggml.{name}"
-    if key not in fields:
-        raise ValueError(f"{key} is missing from the metadata.")
-    return fields[key]
-
-
-def _per_token(fields, name, vocab):
-    values = _required(fields, name)
-    if len(values) != len(vocab):
+def _check_length(name: str, values: Sequence[Any], tokens: Collection[str]) -> None:
+    if len(values) != len(tokens):
         raise ValueError(
-            f"tokenizer.ggml.{name} has {len(values)} entries for {len(vocab)} tokens."
+            f"tokenizer.ggml.{name} has {len(values)} entries for {len(tokens)} tokens."
         )
-    return values
+
+
+def _check_bytes(tokens: Sequence[str], kinds: Sequence[int]) -> None:
+    for token, kind in zip(tokens, kinds, strict=True):
+        if kind == Kind.BYTE and not re.fullmatch("<0x[0-9A-Fa-f]{2}>", token):
+            raise ValueError(
+                f"tokenizer.ggml.tokens has {token!r}, whose type is byte; such a token "
+                "is written like '<0x0A>'."
+            )
 
 
 def _check_id(id, size, name="id"):
     if not isinstance(id, int) or not 0 <= id < size:
         raise ValueError(f"{name}={id} is not in the vocabulary of {size} tokens.")
+
+
+def _token_id(fields: Fields, name: str, default: int | None, size: int) -> int | None:
+    """A token that the metadata names; all ones, a C program's -1, means none."""
+    id = fields.integer(f"{name}_token_id", -1, 2**32 - 1, default)
+    if id in (None, -1, 2**32 - 1):
+        return None
+    _check_id(id, size, f"tokenizer.ggml.{name}_token_id")
+    return int(id)
 
 
 def _cut_one(part, token, id):
@@ -424,18 +465,19 @@ def _byte_level_piece(token: str) -> bytes:
     return b"".join(bytes([table[c]]) if c in table else c.encode() for c in token)
 
 
-def _byte_level(fields: Mapping[str, Any], vocab: dict[str, int]) -> _Model:
-    name = _required(fields, "pre")
+def _byte_level(fields: Fields, vocab: dict[str, int]) -> _Model:
+    fields.ignore("scores")  # of SentencePiece; some converters write zeros
+    name = fields.text("pre")
     if name not in SPLITS:
         raise ValueError(
             f"tokenizer.ggml.pre={name!r} is not one of {choices(sorted(SPLITS))}."
         )
-    if fields.get("tokenizer.ggml.add_space_prefix"):
+    if fields.flag("add_space_prefix", False):
         raise ValueError(
             "tokenizer.ggml.add_space_prefix has no agreed meaning for a byte-level "
             "vocabulary."
         )
-    merges = [tuple(pair.split(" ")) for pair in _required(fields, "merges")]
+    merges = [tuple(pair.split(" ")) for pair in fields.texts("merges")]
     for pair in merges:
         if len(pair) != 2 or not {*pair, "".join(pair)} <= vocab.keys():
             raise ValueError(
@@ -483,17 +525,25 @@ def _merges_from_scores(
     return merges
 
 
-def _sentencepiece(fields: Mapping[str, Any], vocab: dict[str, int]) -> _Model:
+def _sentencepiece(fields: Fields, vocab: dict[str, int]) -> _Model:
+    fields.ignore("pre", "merges")  # of byte-level vocabularies
     lacks = {f"<0x{byte:02X}>" for byte in range(256)} - vocab.keys()
     if lacks:
         raise ValueError(f"tokenizer.ggml.tokens lacks the byte token {min(lacks)!r}.")
-    merges = _merges_from_scores(vocab, _per_token(fields, "scores", vocab))
+    if len(longest := max(vocab, key=len)) > _MAX_TOKEN:
+        raise ValueError(
+            f"tokenizer.ggml.tokens has a token of {len(longest)} letters, over "
+            f"{_MAX_TOKEN}, which begins with {longest[:20]!r}."
+        )
+    scores = fields.numbers("scores")
+    _check_length("scores", scores, vocab)
+    merges = _merges_from_scores(vocab, scores)
     bpe = models.BPE(vocab=vocab, merges=merges, byte_fallback=True)
     return _Model(
         tokenizers.Tokenizer(bpe),
         lambda token: token.replace("\u2581", " ").encode(),
         escape=lambda text: text.replace(" ", "\u2581"),
-        prefix=" " if fields.get("tokenizer.ggml.add_space_prefix", True) else "",
+        prefix=" " if fields.flag("add_space_prefix", True) else "",
         add_bos=True,
         special={"bos": 1, "eos": 2, "unknown": 0},
     )

@@ -10,6 +10,7 @@ Source: github.com/huggingface/safetensors, "Format".
 import json
 import math
 import os
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -59,8 +60,10 @@ def read(path: str | os.PathLike[str], prefix: str = "") -> dict[str, np.ndarray
             raise ValueError(f"{path} is no safetensors file: its header is cut off.")
         try:
             header = json.loads(file.read(length))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: the header is no JSON: {error}.") from error
+    if not isinstance(header, dict):
+        raise ValueError(f"{path}: the header is no JSON object of names to tensors.")
     raw = np.memmap(path, np.uint8, "r", offset=8 + length, shape=(size - 8 - length,))
     return {
         name.removeprefix(prefix): _tensor(path, name, entry, raw)
@@ -73,8 +76,16 @@ def _tensor(path: Any, name: str, entry: Any, raw: Any) -> np.ndarray:
     try:
         kind, shape = entry["dtype"], tuple(entry["shape"])
         start, end = entry["data_offsets"]
-    except (TypeError, KeyError, ValueError) as error:
-        raise ValueError(f"{path}: {name} is described as {entry!r}.") from error
+        known = isinstance(kind, str) and all(
+            type(size) is int and size >= 0 for size in (*shape, start, end)
+        )
+    except (TypeError, KeyError, ValueError):
+        known = False
+    if not known:
+        raise ValueError(
+            f"{path}: {name} is described as {reprlib.repr(entry)}; wanted a dtype, a "
+            "shape and two data_offsets."
+        )
     if kind not in DTYPES:
         raise ValueError(f"{path}: {name} has dtype {kind!r}, not {choices(DTYPES)}.")
     dtype = DTYPES[kind]
