@@ -13,22 +13,26 @@ done by the `tokenizers` library.
 
 import codecs
 import dataclasses
-import datetime
 import enum
 import functools
-import json
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import (
+    Callable,
+    Collection,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from typing import Any
 
-import jinja2
-import jinja2.ext
-import jinja2.sandbox
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
 from .._errors import choices
+from .chat_template import check_messages, render
 from .fields import Fields
+from .plain_text import PlainText
 
 
 class Kind(enum.IntEnum):
@@ -65,7 +69,7 @@ _DEEPSEEK3 = (
 )
 
 # How a byte-level vocabulary cuts a text into words; merges stay inside a word. Each
-# pattern cuts what the ones before it left whole. `tokenizer.ggml.pre` is a name here.
+# pattern cuts what the ones before it left plain. `tokenizer.ggml.pre` is a name here.
 # A letter is what it is in the Unicode version `tokenizers` was built with; llama.cpp's
 # is older, so ids may differ around characters added since Unicode 16.
 _LLAMA3_NAMES = "llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2"
@@ -244,7 +248,8 @@ class Tokenizer:
 
         Args:
             text: Any text. A text that `chat` made usually opens with the token that
-                ``add_bos`` adds; pass ``add_bos=False`` then.
+                ``add_bos`` adds, and may hold a message that spells a control token:
+                `encode_chat` takes care of both.
             add_bos, add_eos: Whether to put `bos_id` first and `eos_id` last. None
                 means what the metadata says.
             special: Whether the spelling of a control token means that token. Pass
@@ -257,14 +262,17 @@ class Tokenizer:
         """
         _check_text(text)
         ids = self._bracket("bos", self.bos_id, self._add_bos, add_bos)
-        for part in self._cut(text, special):
+        ids += self._ids(self._cut(text, special))
+        return ids + self._bracket("eos", self.eos_id, self._add_eos, add_eos)
+
+    def _ids(self, parts: Iterable[str | int]) -> Iterator[int]:
+        for part in parts:
             if isinstance(part, int):
-                ids.append(part)
+                yield part
                 continue
             words = self._model.escape(self._model.prefix + part)
             merged = self._model.merge.encode(words, add_special_tokens=False).ids
-            ids += (id for id in merged if id < self.vocab_size)
-        return ids + self._bracket("eos", self.eos_id, self._add_eos, add_eos)
+            yield from (id for id in merged if id < self.vocab_size)
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
         """The text of some ids; bytes that are not UTF-8 become U+FFFD.
@@ -314,7 +322,8 @@ class Tokenizer:
             variables: Other names the template knows, ``tools`` for example.
 
         Raises:
-            ValueError: The file has no template, or the template refuses.
+            ValueError: The file has no template, or the template refuses, fails, or
+                takes more than `raptax.models.chat_template` allows.
         """
         if self._template is None:
             raise ValueError(
@@ -322,22 +331,48 @@ class Tokenizer:
                 "give it plain text, or use its instruction-tuned version."
             )
         names = {"tools": None, "documents": None, **self._names, **(variables or {})}
-        try:
-            template = _templates().from_string(self._template)
-            return template.render(
-                names, messages=messages, add_generation_prompt=add_generation_prompt
-            )
-        # A template adds strings; TypeError is what it says to content=None.
-        except (jinja2.TemplateError, TypeError) as error:
-            raise ValueError(
-                f"the model's chat template does not take these messages: {error}"
-            ) from error
+        names["add_generation_prompt"] = add_generation_prompt
+        return render(self._template, messages, names)
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """The ids of what `chat` writes, with one `bos_id` whoever puts it there."""
-        text = self.chat(messages)
-        ids = self.encode(text, add_bos=False)
-        return ids if ids[:1] == [self.bos_id] else self.encode(text)
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        *,
+        variables: Mapping[str, Any] | None = None,
+        special: bool = False,
+    ) -> list[int]:
+        """The ids of what `chat` writes, with one `bos_id` whoever puts it there.
+
+        Args:
+            messages, add_generation_prompt, variables: As `chat` takes them.
+            special: Whether messages and variables may spell control tokens. Else only
+                the template's own text makes them, so that a message which holds
+                ``<|im_end|>``, say, does not end its own turn.
+
+        Raises:
+            ValueError: See `chat` and `encode`.
+        """
+        check_messages(messages)
+        if special:
+            text = self.chat(messages, add_generation_prompt, variables=variables)
+            _check_text(text)
+            ids = list(self._ids(self._cut(text, True)))
+        else:
+            plain = PlainText(self._control, [messages, variables, self._template])
+            messages, variables = plain.mark(messages), plain.mark(variables)
+            text = self.chat(messages, add_generation_prompt, variables=variables)
+            _check_text(text)
+            text = plain.rendered(text)
+            parts = self._cut(text, True, unless_after=plain.character)
+            ids = list(self._ids(plain.unmark(parts)))
+        opened = ids[:1] == [self.bos_id]
+        add_bos = self._add_bos and not opened
+        return [*self._bracket("bos", self.bos_id, add_bos, None), *ids]
+
+    @functools.cached_property
+    def _control(self) -> list[str]:
+        return [token for token, _, control in self._found if control]
 
     def _bracket(self, name, id, default, asked):
         if not (default if asked is None else asked):
@@ -349,11 +384,20 @@ class Tokenizer:
             )
         return [id]
 
-    def _cut(self, text: str, special: bool) -> list[str | int]:
+    def _cut(
+        self, text: str, special: bool, *, unless_after: str = ""
+    ) -> list[str | int]:
+        """The ids of tokens that are spelled in a text, and the text between them.
+
+        Control tokens count only where ``special`` says so, and do not right behind the
+        character ``unless_after``.
+        """
         parts: list[str | int] = [text] if text else []
         for token, id, control in self._found:
             if (special or not control) and token in text:
-                parts = [new for part in parts for new in _cut_one(part, token, id)]
+                before = f"(?<!{unless_after})" if control and unless_after else ""
+                spelled = re.compile(before + re.escape(token))
+                parts = [new for part in parts for new in _cut_one(part, spelled, id)]
         return parts
 
 
@@ -423,10 +467,10 @@ def _token_id(fields: Fields, name: str, default: int | None, size: int) -> int 
     return int(id)
 
 
-def _cut_one(part, token, id):
-    if isinstance(part, int) or token not in part:
+def _cut_one(part: str | int, spelled: re.Pattern[str], id: int) -> list[str | int]:
+    if isinstance(part, int):
         return [part]
-    between = [[text, id] if text else [id] for text in part.split(token)]
+    between = [[text, id] if text else [id] for text in spelled.split(part)]
     return [new for group in between for new in group][:-1]
 
 
@@ -550,35 +594,3 @@ def _sentencepiece(fields: Fields, vocab: dict[str, int]) -> _Model:
 
 
 _MODELS = {"gpt2": _byte_level, "llama": _sentencepiece}
-
-
-# Chat templates, as Hugging Face renders them:
-# https://huggingface.co/docs/transformers/chat_templating_writing
-
-
-class _Generation(jinja2.ext.Extension):
-    """``{% generation %}`` marks the model's own words for training, and adds none."""
-
-    tags = {"generation"}  # noqa: RUF012
-
-    def parse(self, parser):
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _refuse(message):
-    raise jinja2.TemplateError(message)
-
-
-@functools.cache
-def _templates() -> jinja2.Environment:
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True,
-        lstrip_blocks=True,
-        extensions=[_Generation, jinja2.ext.loopcontrols],
-    )
-    # Jinja's own filter escapes <, > and & for HTML.
-    environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
-    environment.globals["raise_exception"] = _refuse
-    environment.globals["strftime_now"] = lambda f: datetime.datetime.now().strftime(f)
-    return environment
