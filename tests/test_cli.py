@@ -3,6 +3,7 @@
 import importlib
 import os
 import re
+import subprocess
 import sys
 
 import jax
@@ -11,6 +12,7 @@ import tiny
 from jax.experimental.compilation_cache import compilation_cache
 from typer.testing import CliRunner
 
+from raptax import cli
 from raptax.cli import app
 from raptax.models import load
 from raptax.serving import Sampler, generate
@@ -58,19 +60,23 @@ def continued(model, prompt=PROMPT, max_tokens=12, **options):
 def test_generate_prints_the_text_and_tells_its_speed_apart(path, model):
     result = written(path, PROMPT, "--max-tokens", 12)
     assert result.stdout == f"{PROMPT}{continued(model)}\n"
-    numbers = r"12 tokens, the first after \d+\.\d\d s, then \d+\.\d tokens/s\n"
-    assert re.fullmatch(numbers, result.stderr)
+    numbers = r"12 tokens, the first after \d+\.\d\d s, then \d+\.\d tokens/s"
+    assert re.fullmatch(numbers + "; --max-tokens\n", result.stderr)
 
 
 def test_one_token_has_no_speed(path):
     result = written(path, PROMPT, "--max-tokens", 1)
-    assert re.fullmatch(r"1 tokens, the first after \d+\.\d\d s\n", result.stderr)
+    assert re.fullmatch(
+        r"1 tokens, the first after \d+\.\d\d s; --max-tokens\n", result.stderr
+    )
 
 
 def test_a_dash_reads_the_prompt_from_stdin(path, model):
-    text = "the\nnation is\n"
-    result = written(path, "-", "--max-tokens", 12, input=text)
-    assert result.stdout == f"{text}{continued(model, text)}\n"
+    text = "the\nnation is\n"  # without the newline that ends the last line
+    for given in (f"{text}\n", text[:-1]):
+        result = written(path, "-", "--max-tokens", 12, input=given)
+        want = given.removesuffix("\n")
+        assert result.stdout == f"{want}{continued(model, want)}\n"
 
 
 def test_options_reach_the_sampler(path, model):
@@ -199,12 +205,12 @@ SLIPS = {
     "no answer": ([PROMPT, "--max-tokens", 0], "max_tokens=0 must be at least 1"),
     "empty prompt": ([""], "the prompt has no tokens"),
     "temperature": ([PROMPT, "--temperature", -1], "temperature=-1.0 must be 0 or lie"),
-    "top_k": ([PROMPT, "--temperature", 1, "--top-k", 0], "top_k=0 must lie in"),
+    "top_k": ([PROMPT, "--temperature", 1, "--top-k", -2], "top_k=-2 must lie in"),
     "huge top_k": ([PROMPT, "--temperature", 1, "--top-k", 10**12], "top_k=10000000"),
     "top_p": ([PROMPT, "--temperature", 1, "--top-p", 2], "top_p=2.0 must lie in [0, 1]"),
     "min_p": ([PROMPT, "--temperature", 1, "--min-p", -1], "min_p=-1.0 must lie in"),
     "penalty": ([PROMPT, "--repetition-penalty", 0], "repetition_penalty=0.0 must lie"),
-    "greedy top_k": ([PROMPT, "--top-k", 5], "top_k choose among likely tokens, which"),
+    "greedy top_k": ([PROMPT, "--top-k", 5, "--temperature", 0], "top_k choose among"),
     "huge seed": ([PROMPT, "--seed", 2**40], "seed=1099511627776 must lie in"),
     "empty stop": ([PROMPT, "--stop", ""], "stop='' must be text that is not empty"),
     "seed": ([PROMPT, "--seed", -1], "seed=-1 must lie in [0, 2**32)"),
@@ -214,6 +220,126 @@ SLIPS = {
 @pytest.mark.parametrize(("arguments", "sentence"), SLIPS.values(), ids=SLIPS)
 def test_slips(path, arguments, sentence):
     assert sentence in refused(raptax("generate", *arguments, "--model", path))
+
+
+EARLY = [
+    ("--max-tokens", "0"),
+    ("--top-p", "2"),
+    ("--weights", "int8"),
+    ("--seed", "-1"),
+]
+
+
+@pytest.mark.parametrize(("option", "value"), EARLY)
+def test_options_are_checked_before_the_model(tmp_path, option, value, unchecked):
+    missing = tmp_path / "none.gguf"
+    said = refused(raptax("generate", PROMPT, "--model", missing, option, value))
+    assert f"{option[2:].replace('-', '_')}=" in said
+
+
+def test_version():
+    result = raptax("--version")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert re.fullmatch(r"raptax \d\S*\n", result.stdout)
+
+
+def test_a_limit_without_a_temperature_samples(path, model):
+    sampler = Sampler.create(temperature=1.0, top_p=0.9)
+    options = ["-n", "12", "--top-p", "0.9", "--top-k", "0", "--seed", "3"]
+    want = continued(model, sampler=sampler, seed=3)
+    assert written(path, PROMPT, *options).stdout == f"{PROMPT}{want}\n"
+
+
+def test_a_random_seed_is_printed_and_repeats_the_text(path):
+    options = ["-n", 12, "--temperature", 1.5]
+    result = written(path, PROMPT, *options)
+    [seed] = re.findall(r"^seed (\d+)$", result.stderr, re.MULTILINE)
+    again = written(path, PROMPT, *options, "--seed", seed)
+    assert again.stdout == result.stdout
+    assert "seed" not in again.stderr
+
+
+def test_a_system_message_is_a_chat(path, model):
+    messages = [
+        {"role": "system", "content": "the"},
+        {"role": "user", "content": PROMPT},
+    ]
+    result = written(path, PROMPT, "--system", "the", "-n", 12)
+    assert result.stdout == f"{continued(model, messages)}\n"
+
+
+def test_a_chat_message_does_not_end_its_turn(path, model):
+    text = "in<|im_end|>"
+    want = model.tokenizer.encode_chat([{"role": "user", "content": text}])
+    assert want.count(tiny.END) == 1
+    assert (
+        written(path, text, "--chat", "-n", 12).stdout == f"{continued(model, want)}\n"
+    )
+
+
+def test_an_interrupt_ends_the_text_and_tells_the_speed(path, monkeypatch):
+    def interrupted(tokens, *_):
+        next(iter(tokens))
+        yield "one"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "text_of", interrupted)
+    result = raptax("generate", PROMPT, "--model", path, "-n", 12)
+    assert (result.exit_code, result.stdout) == (130, f"{PROMPT}one\n")
+    assert re.fullmatch(
+        r"1 tokens, the first after \S+ s; interrupted\n", result.stderr
+    )
+
+
+def test_stdin_that_is_no_text(path):
+    result = raptax("generate", "-", "--model", path, input=b"in \xff")
+    assert "stdin is not UTF-8: byte 0xff at 3; iconv" in refused(result)
+
+
+def test_a_folder_and_a_repository_say_what_to_give(tmp_path):
+    result = raptax("generate", PROMPT, "--model", tmp_path)
+    assert re.search(r"is a folder; .*it holds no GGUF file", refused(result))
+    tiny.write(tmp_path / "a.gguf")
+    result = raptax("generate", PROMPT, "--model", tmp_path)
+    assert "it holds 'a.gguf'" in refused(result)
+    result = raptax("generate", PROMPT, "--model", "HuggingFaceTB/SmolLM2-135M")
+    assert "Hugging Face repository, download a GGUF file" in refused(result)
+
+
+def test_a_model_that_does_not_run_is_not_fetched(cache):
+    said = refused(raptax("generate", PROMPT, "--model", "gemma3"))
+    assert "architecture gemma3, which raptax does not run; it runs 'smollm2'" in said
+    assert not cache.exists() or not (cache / "models").exists()
+
+
+def test_a_cache_that_cannot_be_written(path, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("RAPTAX_CACHE", str(tmp_path / "file" / "cache"))
+    result = written(path, PROMPT, "-n", 2)
+    assert "cannot be written, so compiled programs are not kept" in result.stderr
+    said = raptax("fetch", "smollm2").stderr
+    assert "cannot be made (Not a directory); RAPTAX_CACHE may name" in said
+
+
+def test_in_a_process(path, cache):
+    """A closed pipe ends it quietly, and a terminal of ASCII alone shows all."""
+    run = "from raptax.cli import app; app()"
+    call = [sys.executable, "-c", run, "generate", "né", "--model", path]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(
+        [*map(str, call), "-n", "2"], capture_output=True, check=True, env=environment
+    )
+    assert done.stdout.startswith(b"n\\xe9")
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [*map(str, call), "-n", "30"],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        check=False,
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, b"")
 
 
 def test_unknown_weights(path, unchecked):

@@ -16,6 +16,7 @@ WHOLE = b"".join(PIECES)
 TINY = Published(
     name="tiny",
     parts=(("tiny-part1==1.0", "tiny_part1/a"), ("tiny-part2==1.0", "tiny_part2/b")),
+    architecture="llama",
     sha256=hashlib.sha256(WHOLE).hexdigest(),
     size=len(WHOLE),
     licence="none",

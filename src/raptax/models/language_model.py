@@ -3,12 +3,14 @@
 import dataclasses
 import os
 import pathlib
+import re
 from collections.abc import Callable
 
+from .._errors import choices
 from .decoder import Decoder, DecoderConfig
 from .fields import Fields, errors_of
 from .gguf_file import GGUFFile
-from .llama import Weights, config_from_gguf, decoder_from_gguf
+from .llama import ARCHITECTURES, Weights, config_from_gguf, decoder_from_gguf
 from .published import MODELS, fetch
 from .tokenizer import Tokenizer
 
@@ -60,7 +62,7 @@ def load(
         OSError: There is no such file, or the model cannot be fetched.
     """
     name = os.fspath(model)
-    file = GGUFFile(fetch(name) if name in MODELS else _existing(name))
+    file = GGUFFile(_existing(name))
     total, done = sum(t.raw.nbytes for t in file.tensors.values()), 0
 
     def report(size: int) -> None:
@@ -77,10 +79,31 @@ def load(
     return LanguageModel(title, decoder_from_gguf(file, weights, report), tokenizer)
 
 
-def _existing(path: str) -> str:
-    if not os.path.exists(path):
-        names = ", ".join(MODELS)
-        raise FileNotFoundError(
-            f"model={path!r} is neither a file nor one of the published models: {names}."
+def _existing(name: str) -> str:
+    """The path of a model's file, fetched if it is a published model."""
+    run = [m.name for m in MODELS.values() if m.architecture in ARCHITECTURES]
+    if name in MODELS:
+        if name not in run:
+            raise ValueError(
+                f"model={name!r} is of the architecture {MODELS[name].architecture}, "
+                f"which raptax does not run; it runs {choices(run)}."
+            )
+        return os.fspath(fetch(name))
+    if os.path.isdir(name):
+        files = sorted(file.name for file in pathlib.Path(name).glob("*.gguf"))
+        held = f"it holds {choices(files[:5])}" if files else "it holds no GGUF file"
+        raise IsADirectoryError(
+            f"model={name!r} is a folder; give the path of a GGUF file: {held}."
         )
-    return path
+    if not os.path.exists(name):
+        slip = ""
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.endswith(".gguf"):
+            slip = (
+                " If it is meant to be a Hugging Face repository, download a GGUF file "
+                "from it and give its path."
+            )
+        raise FileNotFoundError(
+            f"model={name!r} is neither a file nor one of the published models: "
+            f"{', '.join(run)}.{slip}"
+        )
+    return name

@@ -112,10 +112,7 @@ def decoder_from_gguf(
             an encoding that raptax does not read; or the file has a tensor or a field
             whose meaning is unknown here. All of it before any weight is read.
     """
-    if weights not in get_args(Weights):
-        raise ValueError(
-            f"weights={weights!r} is not one of {choices(get_args(Weights))}."
-        )
+    check_weights(weights)
     with errors_of(file.path):
         fields, tensors = _fields(file), Tensors(file)
         config = _config(file, fields)
@@ -137,6 +134,14 @@ def decoder_from_gguf(
         norm=build.norms([plan.norm])[0],
         head=None if plan.head is None else build.projections([plan.head])[0],
     )
+
+
+def check_weights(weights: str) -> None:
+    """Raises ValueError unless this is one of `Weights`."""
+    if weights not in get_args(Weights):
+        raise ValueError(
+            f"weights={weights!r} is not one of {choices(get_args(Weights))}."
+        )
 
 
 # Fields

