@@ -3,7 +3,8 @@
 Fields are array leaves unless declared with `static()`. Two values are equal when they
 are of one type and say the same; a value without array leaves hashes, so that it can
 travel as a static argument of ``jax.jit``. One that holds arrays does not hash, and
-need not: it travels as an ordinary argument.
+need not: it travels as an ordinary argument. A `Constant` is an array that is part of
+the structure.
 """
 
 import dataclasses
@@ -24,6 +25,31 @@ def static(**kwargs: Any) -> Any:
 def is_value(x: Any) -> bool:
     """Whether the type of ``x`` is one that `pytree` made."""
     return type(x) in _TYPES
+
+
+class Constant(np.ndarray):
+    """A NumPy array that is part of a tree's structure, and none of its leaves.
+
+    ``jit`` compiles it into the program, checkpoints and optimizers do not see it.
+    Structures are equal if shape, dtype and all bits are. Make one by `constant`.
+    """
+
+
+def constant(values: np.ndarray) -> Constant:
+    """A copy of ``values`` that cannot be written to."""
+    return _unflatten_constant(_flatten_constant(values)[1], ())
+
+
+def _flatten_constant(x: np.ndarray) -> tuple[tuple[()], tuple[Any, ...]]:
+    return (), (x.shape, x.dtype.str, x.tobytes())
+
+
+def _unflatten_constant(known: tuple[Any, ...], _: Any) -> Constant:
+    shape, dtype, data = known
+    return np.frombuffer(data, dtype).reshape(shape).view(Constant)
+
+
+jax.tree_util.register_pytree_node(Constant, _flatten_constant, _unflatten_constant)
 
 
 def _same(a: Any, b: Any) -> bool:

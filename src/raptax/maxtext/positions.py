@@ -2,7 +2,8 @@
 
 Each is a value that rotates ``(batch, length, heads, size)``. All that rotates by a
 multiple of a position is one class, `Rotary`; the two for images know where a patch lies.
-Angles are float32 whatever the dtype of ``x``, and no position is ever clamped.
+Angles are reduced to one turn exactly (`raptax.rope.turns`) whatever the dtype of ``x``,
+and no position is ever clamped.
 """
 
 import dataclasses
@@ -21,6 +22,7 @@ from ..rope import (
     yarn_attention_scale,
     yarn_scaling,
 )
+from ..rope.turns import cos_sin, turns, wide_dtype
 
 DEFAULT_SECTIONS = 24, 20, 20
 LLAMA_FACTORS = {"llama3.2": 32.0}  # the others are 8
@@ -35,26 +37,26 @@ def _pairs(x: jax.Array, layout: Layout) -> tuple[jax.Array, jax.Array]:
 
 def rotate(
     x: jax.Array,
-    angles: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
     *,
     layout: Layout = "half",
     written: Layout = "half",
-    scale: float = 1.0,
 ) -> jax.Array:
     """Rotates the first ``2 * F`` lanes of ``x``, the rest pass.
 
     Args:
         x: ``(batch, length, heads, size)``.
-        angles: ``(batch, length, F)``, or with a batch of 1.
+        cos: ``(batch, length, F)``, or with a batch of 1.
+        sin: Likewise.
         layout: Which lanes form a pair: ``(i, i + F)`` or ``(2 i, 2 i + 1)``.
         written: Where the pair's results go; YaRN's default reads pairs and writes
             halves, a permutation that queries and keys share.
-        scale: Multiplies what is rotated.
     """
-    lanes = 2 * angles.shape[-1]
+    lanes, wide = 2 * cos.shape[-1], wide_dtype(x)
     turned, kept = x[..., :lanes], x[..., lanes:]
-    first, second = _pairs(turned.astype(jnp.float32), layout)
-    cos, sin = (f(angles)[:, :, None] * scale for f in (jnp.cos, jnp.sin))
+    first, second = _pairs(turned.astype(wide), layout)
+    cos, sin = (table[:, :, None].astype(wide) for table in (cos, sin))
     new = first * cos - second * sin, second * cos + first * sin
     if written == "interleaved":
         turned = jnp.stack(new, axis=-1).reshape(turned.shape)
@@ -72,7 +74,7 @@ class Rotary:
         size: Head size. Lanes behind ``2 * len(inv_freq)`` pass.
         layout: See `rotate`.
         written: See `rotate`.
-        scale: See `rotate`.
+        scale: Multiplies what is rotated.
         axes: Which of the axes of a position (time, row, column) each pair follows;
             None where a position is one number.
     """
@@ -84,7 +86,9 @@ class Rotary:
     scale: float = 1.0
     axes: tuple[int, ...] | None = None
 
-    def __call__(self, x: jax.Array, positions: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, positions: jax.Array | np.ndarray | None = None
+    ) -> jax.Array:
         """Rotates ``x (batch, length, heads, size)``.
 
         ``positions`` are ``(batch, length)``, from 0 on unless given; with ``axes`` also
@@ -98,7 +102,7 @@ class Rotary:
         if positions is None:
             positions = jnp.arange(x.shape[1], dtype=jnp.int32)[None]
         if positions.ndim == 3 and positions.shape[2] == 3 and self.axes is not None:
-            positions = positions[..., jnp.asarray(self.axes)]
+            positions = positions[..., np.array(self.axes)]
         elif positions.ndim == 2:
             positions = positions[..., None]
         else:
@@ -107,14 +111,10 @@ class Rotary:
                 f"Position IDs must be 2D (batch, seq){also}, got shape "
                 f"{positions.shape}."
             )
-        inv_freq = jnp.asarray(np.array(self.inv_freq, np.float32)).reshape(1, 1, -1)
-        return rotate(
-            x,
-            positions.astype(jnp.float32) * inv_freq,
-            layout=self.layout,
-            written=self.written,
-            scale=self.scale,
-        )
+        tables = cos_sin(positions, turns(np.array(self.inv_freq)), wide_dtype(x))
+        scale = jnp.asarray(self.scale, wide_dtype(x))
+        scaled = (table * scale for table in tables)
+        return rotate(x, *scaled, layout=self.layout, written=self.written)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,8 +145,8 @@ class LlamaVisionRotary:
             [(column[:, None] + 1) * freq, (row[:, None] + 1) * freq], axis=1
         )
         angles = np.concatenate([angles, np.zeros((1, angles.shape[1]))])
-        table = jnp.asarray(angles.astype(np.float32))[None]
-        return rotate(x, table, layout="interleaved", written="interleaved")
+        tables = _tables(angles, x)
+        return rotate(x, *tables, layout="interleaved", written="interleaved")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,11 +193,17 @@ class QwenVisionRotary:
                 f"x {x.shape} must be (batch, {num_frames * height * width}, heads, "
                 f"{self.size}) for {num_frames} frames of {height} x {width} patches."
             )
-        table = self.angles(num_frames, height, width).astype(np.float32)
-        angles = jnp.asarray(table)[None]
+        cos, sin = _tables(self.angles(num_frames, height, width), x)
         if token_mask is not None:
-            angles = jnp.where(token_mask[..., None], angles, 0)
-        return rotate(x, angles)
+            cos = jnp.where(token_mask[..., None], cos, 1)
+            sin = jnp.where(token_mask[..., None], sin, 0)
+        return rotate(x, cos, sin)
+
+
+def _tables(angles: np.ndarray, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines ``(1, length, F)`` of angles that are known."""
+    cos, sin = (jnp.asarray(f(angles)[None], wide_dtype(x)) for f in (np.cos, np.sin))
+    return cos, sin
 
 
 # ----------------------------------------------------------------- which one a layer gets

@@ -8,7 +8,8 @@ two layouts that hold the same numbers in another order:
     interleaved  lanes (2i, 2i + 1)    Llama GGUF files, the original paper
 
 A scaling is a function of the frequencies; `RotaryEmbedding` is the value that layers
-hold. Tables are float32; frequencies are worked out in float64 on the host.
+hold. Frequencies are worked out in float64 on the host, and angles are reduced to one
+turn exactly (`turns`), so that cosines and sines are right at any distance.
 
 Some embeddings know more than one table. `DynamicRotaryEmbedding` and
 `LongRoPERotaryEmbedding` choose by the length of the sequence, `MultiAxisRotaryEmbedding`

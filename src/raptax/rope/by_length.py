@@ -2,38 +2,57 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
 from .._errors import choices
 from .._pytree import pytree, static
-from .embedding import Layout, RotaryEmbedding
-from .scaling import frequencies, longrope_attention_scale
+from .embedding import Layout, RotaryEmbedding, _keep_constant
+from .scaling import Frequencies, frequencies, longrope_attention_scale
+from .turns import Positions, Turns, turns, wide_turns
 
 Switch = Literal["length", "position"]
 
 
+@pytree
 class _ByLength(RotaryEmbedding):
     """Frequencies that depend on the length of the whole sequence.
 
-    `at` gives the embedding for a length, which may be traced: no length compiles anew.
-    A call without it takes one more than the largest position of all its rows, as
-    Hugging Face does. Keys in a cache then keep the rotation of the call they came in,
-    so decode differs from one pass over everything; to have them agree, settle on a
-    length beforehand and use ``at(length)``.
+    `at` gives the embedding for a length. A length of Python's is a constant; one of JAX
+    may be traced, and no value of it compiles anew. A call without it takes one more than
+    the largest position of all its rows, as Hugging Face does. Keys in a cache then keep
+    the rotation of the call they came in, so decode differs from one pass over
+    everything; to have them agree, settle on a length beforehand and use ``at(length)``.
+
+    Attributes:
+        length: The length that `at` was given, or None.
     """
 
+    length: Int[Array, ""] | None = dataclasses.field(kw_only=True, default=None)
+
     def at(self, length: int | Int[Array, ""]) -> RotaryEmbedding:
+        """The embedding for sequences of this length."""
+        if isinstance(length, int | np.integer):
+            inv_freq = self._inv_freq(int(length))
+            return RotaryEmbedding(inv_freq, self.layout, self.attention_scale)
+        return dataclasses.replace(self, length=length)
+
+    def _inv_freq(self, length: int) -> Any:
+        """The frequencies for a length that is known."""
         raise NotImplementedError
 
-    def cos_sin(
-        self, positions: Int[Array, "*rows"]
-    ) -> tuple[Float[Array, "*rows F"], Float[Array, "*rows F"]]:
-        """Those of ``at(1 + largest position)``."""
-        return self.at(jnp.max(positions, initial=0) + 1).cos_sin(positions)
+    def _turns_up_to(self, last: Int[Array, ""]) -> Turns:
+        """The frequencies for a largest position that may be traced."""
+        raise NotImplementedError
+
+    def _turns(self, positions: Positions) -> Turns:
+        if self.length is not None:
+            return self._turns_up_to(self.length - 1)
+        return self._turns_up_to(jnp.max(jnp.asarray(positions), initial=0))
 
 
 @pytree
@@ -67,19 +86,35 @@ class DynamicRotaryEmbedding(_ByLength):
             raise ValueError(f"factor={factor} must be at least 1.")
         if max_position < 1:
             raise ValueError(f"max_position={max_position} must be at least 1.")
-        table = jnp.asarray(frequencies(rotary_size, theta).astype(np.float32))
         return cls(
-            table, layout, attention_scale, factor=factor, max_position=max_position
+            frequencies(rotary_size, theta),
+            layout,
+            attention_scale,
+            factor=factor,
+            max_position=max_position,
         )
 
-    def at(self, length: int | Int[Array, ""]) -> RotaryEmbedding:
-        """The embedding for sequences of this length."""
-        ratio = jnp.asarray(length).astype(jnp.float32) / self.max_position
-        stretch = self.factor * jnp.maximum(ratio, 1) - (self.factor - 1)
+    def _inv_freq(self, length: int) -> Any:
+        slower = self._slower(max(length / self.max_position, 1.0))
+        if isinstance(self.inv_freq, np.ndarray):
+            return self.inv_freq * slower
+        return self.inv_freq * jnp.asarray(slower, self.inv_freq.dtype)
+
+    def _slower(self, ratio: Any) -> Any:
+        """What frequencies are multiplied by at this multiple of ``max_position``."""
+        stretch = self.factor * ratio - (self.factor - 1)
         pairs = self.inv_freq.shape[0]
-        exponent = np.arange(pairs, dtype=np.float32) / (pairs - 1)
-        inv_freq = self.inv_freq * stretch.reshape(1) ** -exponent
-        return RotaryEmbedding(inv_freq, self.layout, self.attention_scale)
+        return stretch ** (np.arange(pairs) / (1 - pairs))
+
+    def _turns_up_to(self, last: Int[Array, ""]) -> Turns:
+        with jax.enable_x64(True):  # a power is to be right to 2 ** -50
+            ratio = (last.astype(jnp.float64) + 1) / self.max_position
+            slower = self._slower(jnp.maximum(ratio, 1))
+            plain = jax.lax.stop_gradient(jnp.asarray(self.inv_freq))
+            words = wide_turns(plain.astype(jnp.float64) * slower)
+            slower = slower.astype(jnp.float32)
+        radians = turns(self.inv_freq).radians
+        return Turns(*words, radians * slower.astype(radians.dtype))
 
 
 @pytree
@@ -101,12 +136,13 @@ class LongRoPERotaryEmbedding(_ByLength):
     Ding et al. 2024, arXiv:2402.13753.
     """
 
-    long_inv_freq: Float[Array, " F"] = dataclasses.field(kw_only=True)
+    long_inv_freq: Frequencies | Float[Array, " F"] = dataclasses.field(kw_only=True)
     original_max_position: int = static(kw_only=True)
     switch: Switch = static(kw_only=True, default="length")
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _keep_constant(self, "long_inv_freq")
         if self.switch not in get_args(Switch):
             raise ValueError(
                 f"switch={self.switch!r} is not one of {choices(get_args(Switch))}."
@@ -143,8 +179,7 @@ class LongRoPERotaryEmbedding(_ByLength):
                     f"{name} must have {len(plain)} entries for rotary_size="
                     f"{rotary_size}; got {len(by)}."
                 )
-            scaled = plain / np.asarray(by, np.float64)
-            tables.append(jnp.asarray(scaled.astype(np.float32)))
+            tables.append(plain / np.asarray(by, np.float64))
         if attention_scale is None:
             factor = max_position / original_max_position
             attention_scale = longrope_attention_scale(factor, original_max_position)
@@ -159,20 +194,24 @@ class LongRoPERotaryEmbedding(_ByLength):
 
     def at(self, length: int | Int[Array, ""]) -> RotaryEmbedding:
         """The embedding for sequences of this length."""
-        if self.switch == "position":
-            return self  # which serves all of them
-        long = jnp.asarray(length) > self.original_max_position
-        inv_freq = jnp.where(long, self.long_inv_freq, self.inv_freq)
-        return RotaryEmbedding(inv_freq, self.layout, self.attention_scale)
+        return self if self.switch == "position" else super().at(length)
 
-    def cos_sin(
-        self, positions: Int[Array, "*rows"]
-    ) -> tuple[Float[Array, "*rows F"], Float[Array, "*rows F"]]:
-        """Cosines and sines by the table that the length or each position asks for."""
-        if self.switch == "length":
-            return super().cos_sin(positions)
-        long = (positions >= self.original_max_position)[..., None]
-        row = (1,) * positions.ndim + (-1,)
-        short_table, long_table = self.inv_freq, self.long_inv_freq
-        inv_freq = jnp.where(long, long_table.reshape(row), short_table.reshape(row))
-        return self._cos_sin(positions.astype(jnp.float32)[..., None] * inv_freq)
+    def _inv_freq(self, length: int) -> Any:
+        return self.long_inv_freq if self._is_long(length - 1) else self.inv_freq
+
+    def _is_long(self, position: Any) -> Any:
+        return position >= self.original_max_position
+
+    def _turns_up_to(self, last: Int[Array, ""]) -> Turns:
+        return self._chosen(self._is_long(last))
+
+    def _turns(self, positions: Positions) -> Turns:
+        if self.switch == "position":
+            return self._chosen(jnp.asarray(self._is_long(positions))[..., None])
+        return super()._turns(positions)
+
+    def _chosen(self, long: jax.Array) -> Turns:
+        row = (1,) * max(long.ndim - 1, 0) + (-1,)
+        tables = turns(self.long_inv_freq), turns(self.inv_freq)
+        by_long, by_short = (t.map(lambda x: x.reshape(row)) for t in tables)
+        return jax.tree.map(lambda a, b: jnp.where(long, a, b), by_long, by_short)

@@ -5,12 +5,14 @@ from typing import Literal, get_args
 
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from .._errors import choices
 from .._pytree import pytree, static
 from .embedding import Layout, RotaryEmbedding
 from .scaling import Frequencies
+from .turns import Positions
 
 Arrangement = Literal["contiguous", "interleaved"]
 
@@ -98,7 +100,7 @@ class MultiAxisRotaryEmbedding(RotaryEmbedding):
         return axes
 
     def cos_sin(
-        self, positions: Int[Array, "*rows A"]
+        self, positions: Positions, dtype: DTypeLike = jnp.float32
     ) -> tuple[Float[Array, "*rows F"], Float[Array, "*rows F"]]:
         """Cosines and sines of each pair's angle along its own axis.
 
@@ -110,11 +112,11 @@ class MultiAxisRotaryEmbedding(RotaryEmbedding):
             raise ValueError(
                 f"positions {positions.shape} must end with {A}, one for each axis."
             )
-        own = positions[..., self.axes()].astype(jnp.float32)
-        return self._cos_sin(own * self.inv_freq.reshape((1,) * (own.ndim - 1) + (-1,)))
+        own = positions[..., self.axes()]
+        return self._cos_sin(own, self._turns(own), dtype)
 
     def __call__(
-        self, x: Float[Array, "*rows heads D"], positions: Int[Array, "..."]
+        self, x: Float[Array, "*rows heads D"], positions: Positions
     ) -> Float[Array, "*rows heads D"]:
         """Rotates every head of each row; see the class for ``positions``."""
         if positions.shape == x.shape[:-2]:

@@ -2,10 +2,11 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from .._pytree import pytree, static
 from .embedding import Layout, rotate
+from .turns import Positions, wide_dtype
 
 
 @pytree
@@ -22,9 +23,9 @@ class RotaryTable:
     layout: Layout = static(default="half")
 
     def __call__(
-        self, x: Float[Array, "*rows heads D"], positions: Int[Array, "*rows"]
+        self, x: Float[Array, "*rows heads D"], positions: Positions
     ) -> jax.Array:
-        """Rotates every head of each row by its position, in float32."""
-        table = self.freqs_cis.astype(jnp.float32)
+        """Rotates every head of each row by its position; see `rotate`."""
+        table = self.freqs_cis.astype(wide_dtype(self.freqs_cis))
         pairs = table.at[positions].get(mode="fill", fill_value=jnp.nan)
         return rotate(x, pairs[..., 0::2], pairs[..., 1::2], self.layout)
