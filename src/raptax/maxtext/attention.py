@@ -38,7 +38,8 @@ class LayerOptions(AttentionOptions):
     Attributes:
         rope_max_timescale: Instead of config.rope_max_timescale.
         partial_rotary_factor: Instead of config.partial_rotary_factor.
-        use_v_norm: RMS norm, without weights, of the values.
+        use_v_norm: RMS norm of the values, per head; config.v_norm_with_scale says
+            whether it has weights.
         share_kv_layer: `forward_serve_vllm` leaves the cache as it is.
     """
 
@@ -63,7 +64,8 @@ class Attention(Projections):
     Parameters are ``query/kernel`` (E, N, D), ``key/kernel`` and ``value/kernel``
     (E, K, D), ``out/kernel`` (N, D, E), with ``bias`` beside them if asked for; with
     config.fused_qkv ``qkv_proj/kernel`` (E, N + 2 K, D); ``query_norm/scale`` and
-    ``key_norm/scale`` with use_qk_norm; ``sinks`` (N,) with config.attention_sink.
+    ``key_norm/scale`` with use_qk_norm; ``value_norm/scale`` with use_v_norm; ``sinks``
+    (N,) with config.attention_sink.
 
     A layer built with another model_mode than "train" has a cache of its own, in which
     prompts and generated tokens lie apart, and a call's model_mode says what to do with
@@ -89,6 +91,7 @@ class Attention(Projections):
         self.rotary_embedding = self.init_rotary_embedding()
         self.query_norm: RMSNorm | None = nnx.data(None)
         self.key_norm: RMSNorm | None = nnx.data(None)
+        self.value_norm: RMSNorm | None = nnx.data(None)
         self._init_projections()
         self.out = self.init_out_w(o.inputs_q_shape[-1])
         sinks = o.settings.attention_sink
@@ -146,8 +149,8 @@ class Attention(Projections):
         q, k, v = self._projected(inputs_q, inputs_kv)
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
-        if o.use_v_norm:
-            v = L2Norm(o.settings.normalization_layer_epsilon)(v)
+        if self.value_norm is not None:
+            v = self.value_norm(v)
         if not o.is_nope_layer:
             turn = self.apply_rotary_embedding
             q, k = (turn(x, inputs_positions, rope_kwargs) for x in (q, k))

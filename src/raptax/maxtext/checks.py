@@ -74,6 +74,11 @@ def check_kind(o: Any) -> None:
 def check_features(o: Any) -> None:
     """Options that exclude each other, and what this machine cannot run."""
     s = o.settings
+    if s.block in ("qwen3_next", "qwen3_5") and not o.is_vision:
+        raise ValueError(
+            f"config.decoder_block={s.block!r} gates the output of attention by a second "
+            "half of the query projection, which is not here; 'qwen3' has no gate."
+        )
     if s.fused_qkv and o.share_kv_projections:
         raise ValueError(
             "share_kv_projections=True leaves no value projection to fuse: it does not "

@@ -70,6 +70,7 @@ class Settings:
     fused_qkv: bool = False
     use_qk_norm: bool = False
     qk_norm_with_scale: bool = True
+    v_norm_with_scale: bool = True
     normalization_layer_epsilon: float = 1e-5
     model_name: str = ""
     decoder_block: Any = ""
@@ -134,6 +135,10 @@ class Settings:
     def block(self) -> str:
         """The decoder block's name, whether it came as text or as MaxText's enum."""
         return str(getattr(self.decoder_block, "value", self.decoder_block)).lower()
+
+    def is_model(self, name: str) -> bool:
+        """Whether model_name begins so, which MaxText asks, or the decoder block does."""
+        return self.model_name.startswith(name) or self.block.startswith(name)
 
 
 def _names(first: str, second: str) -> Names:

@@ -15,6 +15,7 @@ import numpy as np
 
 from .._errors import choices
 from ..rope import (
+    Frequencies,
     Layout,
     frequencies,
     linear_scaling,
@@ -216,6 +217,7 @@ def mrope(
     *,
     arrangement: str = "interleaved",
     factor: float = 1.0,
+    s: Any = None,
 ) -> Rotary:
     """Positions of three axes: time, row and column.
 
@@ -227,6 +229,7 @@ def mrope(
             2, 5, 8... the column, as many as their sections say, and all others the
             time. Or "contiguous", as in Qwen2-VL: one section after another.
         factor: The share of the lanes that is rotated.
+        s: Settings, of which rope_min_timescale is read; None for 1.
     """
     rotary = _rotary_size(size, factor)
     if len(sections) != 3 or sum(sections) != rotary // 2:
@@ -243,8 +246,15 @@ def mrope(
     else:
         known = choices(("interleaved", "contiguous"))
         raise ValueError(f"mrope_layout={arrangement!r} is not one of {known}.")
-    inv_freq = tuple(frequencies(rotary, theta).tolist())
+    plain = frequencies(rotary, theta) if s is None else _plain(rotary, theta, s)
+    inv_freq = tuple(plain.tolist())
     return Rotary(inv_freq, size, axes=tuple(int(axis) for axis in axes))
+
+
+def _plain(size: int, theta: float, s: Any) -> Frequencies:
+    """From config.rope_min_timescale radians' inverse to nearly ``1 / theta``."""
+    first = s.rope_min_timescale
+    return frequencies(size, theta / first) / first
 
 
 def _rotary_size(size: int, factor: float) -> int:
@@ -292,7 +302,7 @@ def yarn(
 
 def llama3(size: int, theta: float, rope_type: str, s: Any) -> Rotary:
     """Llama 3's, in pairs; with config.rope_use_scale long waves are slowed."""
-    inv_freq = frequencies(size, theta)
+    inv_freq = _plain(size, theta, s)
     if s.rope_use_scale:
         inv_freq = llama3_scaling(
             inv_freq,
@@ -312,11 +322,11 @@ def partial(size: int, theta: float, factor: float, s: Any) -> Rotary:
     head, and lets the later pairs stand still.
     """
     rotary = _rotary_size(size, factor)
-    if s.block.startswith("gemma4"):
-        turning = frequencies(size, theta)[: rotary // 2]
+    if s.is_model("gemma4"):
+        turning = _plain(size, theta, s)[: rotary // 2]
         still = np.zeros(size // 2 - rotary // 2)
         return Rotary(tuple(np.concatenate([turning, still]).tolist()), size)
-    inv_freq = frequencies(rotary, theta)
+    inv_freq = _plain(rotary, theta, s)
     return Rotary(tuple(linear_scaling(inv_freq, s.rope_linear_scaling_factor)), size)
 
 
@@ -347,7 +357,8 @@ def choose(
 
     In this order: images, axes (``use_mrope``), Llama 3, YaRN, partial, plain.
     ``theta`` and ``factor`` replace config.rope_max_timescale and
-    config.partial_rotary_factor; ``factors`` are for `yarn`.
+    config.partial_rotary_factor; ``factors`` are for `yarn`. Of plain ones that slide,
+    config.local_rope_max_timescale is the base if it is positive.
     """
     s = o.settings
     if size % 2:
@@ -355,25 +366,24 @@ def choose(
             "Embedding dim for rotary position embedding must be a multiple of 2. Got "
             f"{size}."
         )
-    if theta is None:
-        local = s.local_rope_max_timescale
-        near = o.kind == "local_sliding" and local > 0
-        theta = local if near else s.rope_max_timescale
-    theta = float(theta)
+    theta = float(s.rope_max_timescale if theta is None else theta)
     factor = float(s.partial_rotary_factor if factor is None else factor)
     if o.is_vision:
         return vision(size, s)
     if o.use_mrope:
         sections = o.mrope_section or DEFAULT_SECTIONS
-        return mrope(size, theta, sections, arrangement=s.mrope_layout, factor=factor)
+        arrangement = s.mrope_layout
+        return mrope(size, theta, sections, arrangement=arrangement, factor=factor, s=s)
     if o.rope.startswith("llama3") or s.model_name.startswith("llama3.1"):
         return llama3(size, theta, o.rope, s)
     if o.rope == "yarn":
         return yarn(size, theta, s, factors)
     if factor != 1:
         return partial(size, theta, factor, s)
-    first = s.rope_min_timescale
-    inv_freq = frequencies(size, theta / first) / first
-    if not (s.block == "gemma3" and o.kind == "local_sliding"):
+    local = o.kind == "local_sliding"
+    if local and s.local_rope_max_timescale > 0:
+        theta = s.local_rope_max_timescale
+    inv_freq = _plain(size, theta, s)
+    if not (local and s.is_model("gemma3")):
         inv_freq = linear_scaling(inv_freq, s.rope_linear_scaling_factor)
     return Rotary(tuple(inv_freq.tolist()), size)

@@ -21,6 +21,7 @@ class Projections(nnx.Module):
     rngs: nnx.Rngs
     query_norm: RMSNorm | None
     key_norm: RMSNorm | None
+    value_norm: RMSNorm | None
     out: DenseGeneral
 
     def _constrained(self, x: jax.Array, names: Sequence[str | None]) -> jax.Array:
@@ -63,6 +64,8 @@ class Projections(nnx.Module):
         if o.use_qk_norm and not self._is_llama4:
             self.query_norm = self._norm(o.num_query_heads)
             self.key_norm = self._norm(o.num_kv_heads)
+        if getattr(o, "use_v_norm", False):
+            self.value_norm = self._value_norm()
 
     @property
     def _is_llama4(self) -> bool:
@@ -70,7 +73,7 @@ class Projections(nnx.Module):
 
     def _norm(self, heads: int) -> RMSNorm:
         o, s = self.options, self.options.settings
-        every_head = s.model_name.startswith("olmo3")
+        every_head = s.is_model("olmo3")
         return RMSNorm(
             o.head_dim * (heads if every_head else 1),
             eps=s.normalization_layer_epsilon,
@@ -78,6 +81,16 @@ class Projections(nnx.Module):
             weight_dtype=o.weight_dtype,
             has_scale=s.qk_norm_with_scale,
             all_heads=every_head,
+        )
+
+    def _value_norm(self) -> RMSNorm:
+        o, s = self.options, self.options.settings
+        return RMSNorm(
+            o.head_dim,
+            eps=s.normalization_layer_epsilon,
+            dtype=o.dtype,
+            weight_dtype=o.weight_dtype,
+            has_scale=s.v_norm_with_scale,
         )
 
     def convert_dense_general_inputs_shape(
@@ -161,13 +174,13 @@ class Projections(nnx.Module):
         return self.options.head_dim
 
     def init_out_w(self, output_dim: int) -> DenseGeneral:
-        """``(N, D, E)``."""
+        """``(N, D, E)``. Without a bias in a decoder block of Qwen 2."""
         o = self.options
         return self._dense(
             (o.num_query_heads, self.out_head_dim),
             (output_dim,),
             ("heads", "kv", "embed"),
-            use_bias=o.use_bias_in_projections,
+            use_bias=o.use_bias_in_projections and o.settings.block != "qwen2",
         )
 
     def out_projection(self, out: jax.Array, out_sharding: Any = None) -> jax.Array:
