@@ -17,7 +17,7 @@ from ..dispatch import attention
 from ..mods import Causal
 from ..quant.float8 import Float8Config
 from ..rope import RotaryEmbedding
-from .linear import Linear, Projection, SeparateQKV, StackedQKV
+from .linear import Linear, Projection, SeparateQKV, StackedQKV, held
 from .norm import RMSNorm
 from .quantized import Float8Linear
 from .sharding import ShardingStrategy, head_layout, on_device, with_heads
@@ -227,7 +227,7 @@ class AttentionWithRope(AbstractAttention):
             RMSNorm(D, eps=rms_norm_eps, dtype=dtype) if use_qk_norm else None
         )
         self.q_norm, self.k_norm = nnx.data(norm()), nnx.data(norm())
-        self.rope = nnx.data(rope)
+        self.rope = held(rope)
         self.scale, self.clip_qkv, self.head_size = scale, checked_clip(clip_qkv), D
         self._sharding_strategy = _layer_strategy(sharding_strategy)
         to_first_device(self, devices)
@@ -346,7 +346,7 @@ class AttentionWithRopeNoOpaque(AbstractAttention):
         sizes = H * D, K * D, K * E
         self.qkv = StackedQKV(make(C, sum(sizes)), sizes)
         self.out = make(H * E, C)
-        self.rope = nnx.data(rope)
+        self.rope = held(rope)
         self.q_norm, self.k_norm = nnx.data(None), nnx.data(None)
         self.scale, self.clip_qkv, self.head_size = scale, None, D
         to_first_device(self, devices)

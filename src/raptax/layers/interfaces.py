@@ -19,7 +19,7 @@ from ..caches import KVCache, KVCacheParams
 from ..mods import ALiBi, Causal, Dense, DenseBias, Offset, alibi_slopes
 from ..rope import RotaryEmbedding
 from .attention import AbstractAttention
-from .linear import Linear, Projection, SeparateQKV, StackedQKV
+from .linear import Linear, Projection, SeparateQKV, StackedQKV, held
 
 
 class _Build(AbstractAttention):
@@ -27,7 +27,7 @@ class _Build(AbstractAttention):
 
     def __init__(self, qkv: Any, out: Any, head_size: int, scale: float, rope: Any):
         self.qkv, self.out = qkv, out
-        self.rope = nnx.data(rope)
+        self.rope = held(rope)
         self.q_norm, self.k_norm = nnx.data(None), nnx.data(None)
         self.scale, self.clip_qkv, self.head_size = scale, None, head_size
 
@@ -258,7 +258,7 @@ class AttentionWithRope(_Rope, AttentionImpl):
         scale: float,
         rope: RotaryEmbedding,
     ):
-        self.rope = nnx.data(rope)
+        self.rope = held(rope)
         super().__init__(n_heads, kv_params, wqkv, wo, scale)
 
 
@@ -277,7 +277,7 @@ class AttentionWithRopeQKV(_Rope, AttentionImplQKV):
         *,
         rope: RotaryEmbedding,
     ):
-        self.rope = nnx.data(rope)
+        self.rope = held(rope)
         super().__init__(n_heads, kv_params, wq, wk, wv, wo, scale)
 
 

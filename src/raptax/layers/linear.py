@@ -122,8 +122,12 @@ class CodesLinear(nnx.Module):
     """
 
     def __init__(self, codes: gguf.Codes, bias: Float[Array, " O"] | None = None):
-        self.codes = nnx.data(codes)
+        self.packed = held(codes)  # not a Param: not trained
         self.bias = nnx.data(None if bias is None else nnx.Param(bias))
+
+    @property
+    def codes(self) -> gguf.Codes:
+        return jax.tree.map(lambda x: x[...], self.packed, is_leaf=_is_variable)
 
     @property
     def out_features(self) -> int:
@@ -146,6 +150,20 @@ class CodesLinear(nnx.Module):
 def along_last(vector: jax.Array, like: jax.Array) -> jax.Array:
     """``vector`` with the rank and dtype of ``like``, for rank promotion that raises."""
     return vector.reshape((1,) * (like.ndim - 1) + vector.shape).astype(like.dtype)
+
+
+def held(tree: Any) -> Any:
+    """``tree`` with its arrays as variables, so that a module keeps them as its state.
+
+    A module's bare arrays are lost in abstract copies of it (`flax.nnx.eval_shape`), the
+    targets that checkpoints are restored into. Variables stay as they are.
+    """
+    wrap = lambda x: x if _is_variable(x) else nnx.Variable(x)
+    return nnx.data(jax.tree.map(wrap, tree, is_leaf=_is_variable))
+
+
+def _is_variable(x: Any) -> bool:
+    return isinstance(x, nnx.Variable)
 
 
 class SeparateQKV(nnx.Module):

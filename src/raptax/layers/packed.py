@@ -21,7 +21,7 @@ from .attention import (
     projections,
     to_first_device,
 )
-from .linear import GGUFLinear, Projection, SeparateQKV
+from .linear import GGUFLinear, Projection, SeparateQKV, held
 from .quantized import GPTQLinear
 
 
@@ -79,7 +79,7 @@ class GGUFQAttentionWithRope(AbstractAttention):
                 )
             q, k, v, o = blocks.around(weights, sizes, hidden_size)
         self.qkv, self.out = SeparateQKV(q, k, v), o
-        self.rope = nnx.data(rope)
+        self.rope = held(rope)
         self.q_norm, self.k_norm = nnx.data(None), nnx.data(None)
         self.scale, self.clip_qkv, self.head_size = scale, checked_clip(clip_qkv), D
         to_first_device(self, devices)
@@ -140,7 +140,7 @@ class GPTQAttentionWithRope(AbstractAttention):
         )
         self.qkv = SeparateQKV(make(C, H * D), make(C, K * D), make(C, K * E))
         self.out = make(H * E, C)
-        self.rope = nnx.data(rope)
+        self.rope = held(rope)
         self.q_norm, self.k_norm = nnx.data(None), nnx.data(None)
         self.scale, self.clip_qkv, self.head_size = scale, None, D
         to_first_device(self, devices)

@@ -43,16 +43,18 @@ class Turns(NamedTuple):
         return Turns(*map(function, self))
 
 
-def turns(radians: Float[np.ndarray, " F"] | Float[Array, " F"]) -> Turns:
-    """Frequencies in radians a position as turns; NumPy's are converted exactly.
+def turns(radians: Any) -> Turns:
+    """Frequencies ``(F,)`` in radians a position as turns; NumPy's are converted exactly.
 
-    Those of JAX may be traced, and are rounded to 53 bits on the way.
+    Those of JAX, or a variable of Flax that holds some, may be traced, and are rounded to
+    53 bits on the way.
     """
     if isinstance(radians, np.ndarray):
         words = _words(np.asarray(radians, np.float64).tobytes())
         pair = words >> np.uint64(32), words & np.uint64(0xFFFFFFFF)
         high, low = (jnp.asarray(word.astype(np.uint32)) for word in pair)
         return Turns(high, low, jnp.asarray(radians, jnp.result_type(float)))
+    radians = jnp.asarray(radians)
     with jax.enable_x64(True):
         wide = jax.lax.stop_gradient(radians).astype(jnp.float64)
         return Turns(*wide_turns(wide), radians)
