@@ -71,7 +71,8 @@ MEMBERS = {
     "AttentionImpl": ("wqkv", "wo"),
     "AttentionImplQKV": ("wq", "wk", "wv", "wo"),
 }
-OURS = {"rngs", "weights"}  # how weights are drawn, or brought
+# How weights are drawn, or brought; and what MAX's layers do not have.
+OURS = {"rngs", "weights", "use_sinks", "dropout_rate"}
 POSITIONAL = {"GPTQAttentionWithRope": 7, "AttentionImpl": 5, "AttentionImplQKV": 7}
 # dtype can only be uint8; sizes follow from weights, if these are given.
 LENIENT = {"GGUFQAttentionWithRope": {"hidden_size", "dtype", "quantization_encoding"}}

@@ -6,21 +6,26 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from .._errors import check_groups
-from .._types import MaskMod, ScoreMod
+from .._errors import Unsupported, check_dropout, check_groups
+from .._types import DropoutKey, MaskMod, ScoreMod
 from ..caches import KVCache, KVCacheParams
-from ..dispatch import attention
+from ..dispatch import SegmentIds, attention
 from ..mods import Causal
 from ..quant.float8 import Float8Config
 from ..rope import RotaryEmbedding
+from ..rope.turns import wide_dtype
 from .linear import Linear, Projection, SeparateQKV, StackedQKV, held
 from .norm import RMSNorm
 from .quantized import Float8Linear
 from .sharding import ShardingStrategy, head_layout, on_device, with_heads
+
+CAUSAL = Causal()
+Rows = Int[Array, "..."] | Int[np.ndarray, "..."]
 
 
 class AbstractAttention(nnx.Module):
@@ -36,6 +41,11 @@ class AbstractAttention(nnx.Module):
         q_norm, k_norm    applied per head before rope, or None
         scale, clip_qkv   numbers, or None for ``D ** -0.5`` and for no clipping
         head_size         D
+        sinks     one learned number a query head, or None; see `AttentionFn`
+        dropout_rate, rngs    of the attention weights, and what it draws keys with
+
+    ``deterministic`` turns dropout off, as ``layer.eval()`` does, and ``layer.train()``
+    turns it on.
 
     Head counts are read off the projections' widths, so a shard that holds some of the
     heads runs this same code.
@@ -49,19 +59,32 @@ class AbstractAttention(nnx.Module):
     scale: float | None
     clip_qkv: float | None
     head_size: int
+    sinks: Any = None
+    dropout_rate: float = 0.0
+    rngs: nnx.Rngs | None = None
+    deterministic: bool = False
 
     def __call__(
         self,
         x: Float[Array, "*rows C"],
         cache: KVCache | None = None,
         *,
-        row_offsets: Int[Array, " offsets"] | None = None,
+        row_offsets: Rows | None = None,
         layer: int | Int[Array, ""] = 0,
-        positions: Int[Array, "..."] | None = None,
-        mask_mod: MaskMod | None = Causal(),
+        positions: Rows | None = None,
+        mask_mod: MaskMod | None = CAUSAL,
         score_mod: ScoreMod | None = None,
+        inputs_kv: Float[Array, "B S C"] | None = None,
+        mask: Bool[Array, "..."] | None = None,
+        segment_ids: SegmentIds | None = None,
+        key_lengths: Rows | None = None,
+        deterministic: bool | None = None,
+        rngs: nnx.Rngs | DropoutKey | None = None,
     ) -> tuple[Float[Array, "*rows C"], KVCache | None]:
         """Attends among the rows of ``x``, and to what a cache holds.
+
+        With a cache, what follows ``score_mod`` is not for it: a cache knows its lengths,
+        and its rules are ``mask_mod`` and ``score_mod``.
 
         Args:
             x: A batch ``(B, T, C)``, or with a cache also ragged rows ``(R, C)``.
@@ -73,14 +96,32 @@ class AbstractAttention(nnx.Module):
             positions: Absolute positions for the rotary embedding, one for each row, or
                 ``(*rows, A)`` if it turns along ``A`` axes. Without them, rows count on
                 from what the cache holds, or from 0.
-            mask_mod: Which query may see which key; True means "may attend".
+            mask_mod: Which query may see which key; True means "may attend". With
+                ``inputs_kv`` every key, unless another rule is given.
             score_mod: A change of the scaled scores.
+            inputs_kv: Cross attention: keys and values are made of these rows, ``(B, S,
+                C)``. For layers without rotary positions.
+            mask: As in `raptax.attention`; combined with ``mask_mod`` by "and".
+            segment_ids: As in `raptax.attention`.
+            key_lengths: Sequence ``b`` has so many keys, and as many rows of ``x`` unless
+                there are ``inputs_kv``; later ones are padding.
+            deterministic: True turns dropout off; what the layer says unless given.
+            rngs: What dropout draws its key with, or a key; the layer's own unless given.
 
         Returns:
             The output and the cache with this layer's keys and values, None if none
             came.
+
+        Raises:
+            ValueError: Arguments that do not go together, or shapes that do not fit.
+            Unsupported: Sinks or dropout with a cache.
         """
         lead = x.shape[:-1]
+        extra: dict[str, Any] = dict(
+            mask=mask, segment_ids=segment_ids, key_lengths=key_lengths
+        )
+        dropout = self._dropout(deterministic, rngs)
+        self._check(cache, inputs_kv, extra, dropout)
         if cache is None:
             counted = _batch_positions(x, row_offsets)
         else:
@@ -90,30 +131,67 @@ class AbstractAttention(nnx.Module):
             positions = counted
         else:
             positions = positions.reshape(*counted.shape, *positions.shape[len(lead) :])
-        q, k, v = self._heads(x, positions)
+        q, k, v = self._heads(x, positions, inputs_kv)
         options: dict[str, Any] = dict(
             mask_mod=mask_mod, score_mod=score_mod, scale=self.scale
         )
         if cache is None:
+            options |= _whole(inputs_kv is not None, mask_mod, **extra) | dropout
+            sinks = (
+                None if self.sinks is None else self.sinks[...].astype(wide_dtype(q))
+            )
             q, k, v = (
                 a.swapaxes(1, 2) for a in (q, k, v)
             )  # (B, T, H, D) -> (B, H, T, D)
-            y = attention(q, k, v, **options).swapaxes(1, 2)
+            y = attention(q, k, v, sinks=sinks, **options).swapaxes(1, 2)
         else:
             y, cache = cache.append_and_attend(
                 q, k, v, row_offsets=offsets, layer=layer, **options
             )
         return self.out(y.reshape(*lead, y.shape[-2] * y.shape[-1])), cache
 
-    def _heads(self, x, positions):
+    def _dropout(self, deterministic: Any, rngs: Any) -> dict[str, Any]:
+        """What `attention` is told of dropout; nothing where there is none."""
+        off = self.deterministic if deterministic is None else deterministic
+        if not self.dropout_rate or off:
+            return {}
+        rngs = self.rngs if rngs is None else rngs
+        key = rngs.dropout() if isinstance(rngs, nnx.Rngs) else rngs
+        return dict(
+            dropout_rng=key, dropout_rate=self.dropout_rate, deterministic=False
+        )
+
+    def _check(self, cache, inputs_kv, extra, dropout) -> None:
+        """That the arguments of a call go together."""
+        if inputs_kv is not None and self.rope is not None:
+            raise ValueError(
+                "inputs_kv have no positions in common with x, and this layer rotates by "
+                "positions: build it with rope=None for cross attention."
+            )
+        if cache is None:
+            return
+        given = [name for name, x in extra.items() if x is not None]
+        given += ["inputs_kv"] * (inputs_kv is not None)
+        if given:
+            raise ValueError(
+                f"{', '.join(given)} with a cache: it holds the keys and knows their "
+                "lengths; say who sees whom by mask_mod."
+            )
+        for name, there in (("sinks", self.sinks is not None), ("dropout", dropout)):
+            if there:
+                raise Unsupported(
+                    f"caches attend without {name}: this layer serves whole passes, "
+                    "without a cache."
+                )
+
+    def _heads(self, x, positions, inputs_kv=None):
         """Projected, clipped, normed and rotated: each ``(..., heads, size)``."""
-        q, k, v = self.qkv(x)
+        q, k, v = self.qkv(x) if inputs_kv is None else self.qkv(x, inputs_kv)
         if self.clip_qkv is not None:
             q, k, v = (jnp.clip(a, -self.clip_qkv, self.clip_qkv) for a in (q, k, v))
-        D, rows = self.head_size, x.shape[:-1]
-        heads, kv_heads = q.shape[-1] // D, k.shape[-1] // D
-        q, k = q.reshape(*rows, heads, D), k.reshape(*rows, kv_heads, D)
-        v = v.reshape(*rows, kv_heads, v.shape[-1] // kv_heads)
+        D, kv_heads = self.head_size, k.shape[-1] // self.head_size
+        q, k = (a.reshape(*a.shape[:-1], a.shape[-1] // D, D) for a in (q, k))
+        v = v.reshape(*v.shape[:-1], kv_heads, v.shape[-1] // kv_heads)
         if self.q_norm is not None:
             q = self.q_norm(q)
         if self.k_norm is not None:
@@ -121,6 +199,17 @@ class AbstractAttention(nnx.Module):
         if self.rope is not None:
             q, k = self.rope(q, positions), self.rope(k, positions)
         return q, k, v
+
+
+def _whole(cross: bool, mask_mod: Any, *, key_lengths: Any, **extra: Any) -> Any:
+    """The options of `attention` for a call without a cache."""
+    if key_lengths is not None:
+        extra["key_lengths"] = key_lengths = jnp.asarray(key_lengths, jnp.int32)
+        if not cross:
+            extra["query_lengths"] = key_lengths
+    if cross and mask_mod is CAUSAL:
+        extra["mask_mod"] = None
+    return extra
 
 
 def _ragged(x, row_offsets, cache) -> Any:
@@ -140,7 +229,7 @@ def _ragged(x, row_offsets, cache) -> Any:
             f"row_offsets {row_offsets.shape} must have one entry more than the cache's "
             f"{cache.lengths.shape[0]} sequences."
         )
-    return x, row_offsets.astype(jnp.int32)
+    return x, jnp.asarray(row_offsets, jnp.int32)
 
 
 def _batch_positions(x, row_offsets):
@@ -181,6 +270,8 @@ class AttentionWithRope(AbstractAttention):
         clip_qkv: Clamps the projected q, k and v to ``[-clip_qkv, clip_qkv]``.
         use_qk_norm: RMS norms of q and k per head, before rope.
         rms_norm_eps: Of both norms.
+        use_sinks: A learned sink for each query head, as in gpt-oss, zeros at first.
+        dropout_rate: Probability that an attention weight is dropped in training.
         rngs: What random weights are drawn with. Without it they are drawn from seed
             0, to be replaced by a checkpoint's (`raptax.layers.weights`).
 
@@ -208,6 +299,8 @@ class AttentionWithRope(AbstractAttention):
         clip_qkv: float | None = None,
         use_qk_norm: bool = False,
         rms_norm_eps: float = 1e-6,
+        use_sinks: bool = False,
+        dropout_rate: float = 0.0,
         rngs: nnx.Rngs | None = None,
     ):
         H, K, C = num_attention_heads, num_key_value_heads, hidden_size
@@ -216,7 +309,8 @@ class AttentionWithRope(AbstractAttention):
             linear_cls = Float8Linear.create if linear_cls is Linear else linear_cls
             linear_cls = partial(linear_cls, config=float8_config)
             dtype = jnp.float32 if jnp.dtype(dtype).itemsize == 1 else dtype
-        options = dict(dtype=dtype, rngs=nnx.Rngs(0) if rngs is None else rngs)
+        rngs = nnx.Rngs(0) if rngs is None else rngs
+        options = dict(dtype=dtype, rngs=rngs)
         self.qkv = _qkv(
             lambda size: linear_cls(C, size, has_bias=has_bias, **options),
             (H * D, K * D, K * E),
@@ -229,6 +323,10 @@ class AttentionWithRope(AbstractAttention):
         self.q_norm, self.k_norm = nnx.data(norm()), nnx.data(norm())
         self.rope = held(rope)
         self.scale, self.clip_qkv, self.head_size = scale, checked_clip(clip_qkv), D
+        self.sinks = nnx.Param(jnp.zeros(H, dtype)) if use_sinks else None
+        check_dropout(None, dropout_rate, deterministic=True)
+        self.dropout_rate = dropout_rate
+        self.rngs = nnx.data(rngs.fork() if dropout_rate else None)
         self._sharding_strategy = _layer_strategy(sharding_strategy)
         to_first_device(self, devices)
 
@@ -421,7 +519,7 @@ def to_first_device(layer: AbstractAttention, devices: Sequence[Any] | None) -> 
         return
     if not len(devices):
         raise ValueError("devices=() must name a device, or be None.")
-    for name in ("qkv", "out", "q_norm", "k_norm"):
+    for name in ("qkv", "out", "q_norm", "k_norm", "sinks"):
         if (part := getattr(layer, name)) is not None:
             nnx.update(part, jax.device_put(nnx.state(part), devices[0]))
     layer.rope = nnx.data(jax.device_put(layer.rope, devices[0]))

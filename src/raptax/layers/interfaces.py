@@ -10,6 +10,7 @@ import abc
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Integer
 
@@ -72,9 +73,9 @@ class _Interface(nnx.Module, abc.ABC):
         self,
         x: Float[Array, "*rows C"],
         kv_collection: KVCache,
-        valid_lengths: Integer[Array, " B"] | None = None,
+        valid_lengths: Integer[Array, " B"] | np.ndarray | None = None,
         *,
-        input_row_offsets: Integer[Array, " offsets"] | None = None,
+        input_row_offsets: Integer[Array, " offsets"] | np.ndarray | None = None,
         layer_idx: int | Int[Array, ""] = 0,
         mask_mod: MaskMod | None = Causal(),
         score_mod: ScoreMod | None = None,
@@ -89,7 +90,7 @@ class _Interface(nnx.Module, abc.ABC):
                     "ragged rows (R, C) come with input_row_offsets, and without "
                     "valid_lengths."
                 )
-            offsets = input_row_offsets.astype(jnp.int32)
+            offsets = jnp.asarray(input_row_offsets, jnp.int32)
             return self.attention(x, kv_collection, row_offsets=offsets, **options)
         if input_row_offsets is not None:
             raise ValueError(
@@ -97,7 +98,7 @@ class _Interface(nnx.Module, abc.ABC):
             )
         if valid_lengths is None:
             return self.attention(x, kv_collection, **options)
-        (B, T, C), lengths = x.shape, valid_lengths.astype(jnp.int32)
+        (B, T, C), lengths = x.shape, jnp.asarray(valid_lengths, jnp.int32)
         ends = jnp.cumsum(lengths)
         offsets = jnp.concatenate([jnp.zeros(1, jnp.int32), ends])
         row = jnp.arange(T, dtype=jnp.int32)[None]

@@ -177,8 +177,12 @@ class SeparateQKV(nnx.Module):
         """Outputs of q, k and v."""
         return self.q.out_features, self.k.out_features, self.v.out_features
 
-    def __call__(self, x: Float[Array, "*rows C"]) -> tuple[Any, Any, Any]:
-        return self.q(x), self.k(x), self.v(x)
+    def __call__(
+        self, x: Float[Array, "*rows C"], kv: Float[Array, "*others C"] | None = None
+    ) -> tuple[Any, Any, Any]:
+        """Projects ``x`` to q, and ``kv``, or ``x`` without it, to k and v."""
+        kv = x if kv is None else kv
+        return self.q(x), self.k(kv), self.v(kv)
 
 
 class StackedQKV(nnx.Module):
@@ -207,7 +211,12 @@ class StackedQKV(nnx.Module):
         q, k, v = (parts * size for size in self.sizes)
         return q, k, v
 
-    def __call__(self, x: Float[Array, "*rows C"]) -> tuple[Any, Any, Any]:
+    def __call__(
+        self, x: Float[Array, "*rows C"], kv: Float[Array, "*others C"] | None = None
+    ) -> tuple[Any, Any, Any]:
+        """Projects ``x`` to q, and ``kv``, or ``x`` without it, to k and v."""
+        if kv is not None:
+            return self(x)[0], *self(kv)[1:]
         y = self.qkv(x)
         rows, parts = y.shape[:-1], y.shape[-1] // sum(self.sizes)
         y = y.reshape(*rows, parts, sum(self.sizes))

@@ -35,7 +35,7 @@ from ..caches import KVCache, KVCacheParams
 from ..mods import Causal, Chunked, SlidingWindow, SoftCap, Temperature, Window
 from ..mods.combine import as_mod
 from ..rope import RotaryEmbedding
-from .attention import AbstractAttention, AttentionWithRope
+from .attention import AbstractAttention, AttentionWithRope, Rows
 from .cutting import PassedOver
 from .interfaces import DistributedAttentionImpl
 from .linear import Linear
@@ -72,6 +72,11 @@ class DistributedAttention(DistributedAttentionImpl):
             raise ValueError(
                 f"the mesh has axes {mesh.axis_names}; it must be one of make_mesh, "
                 f"with {DATA!r} and {HEADS!r}."
+            )
+        if layer.dropout_rate:
+            raise ValueError(
+                f"dropout_rate={layer.dropout_rate} on a mesh: every device would drop "
+                "the same places; use the layer itself under jax.jit, on sharded arrays."
             )
         parts = mesh.shape[HEADS]
         self._layout: tuple[tuple[tuple[int, ...], ...], ...] | None = None
@@ -117,9 +122,9 @@ class DistributedAttention(DistributedAttentionImpl):
         x: Float[Array, "*rows C"],
         cache: KVCache | None = None,
         *,
-        row_offsets: Int[Array, " offsets"] | None = None,
+        row_offsets: Rows | None = None,
         layer: int | Int[Array, ""] = 0,
-        positions: Int[Array, "..."] | None = None,
+        positions: Rows | None = None,
         mask_mod: MaskMod | None = Causal(),
         score_mod: ScoreMod | None = None,
     ) -> tuple[Float[Array, "*rows C"], KVCache | None]:

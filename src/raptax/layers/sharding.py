@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from .._errors import check_groups, choices
-from .cutting import Index, take_inputs, take_rows
+from .cutting import Index, take, take_inputs, take_rows
 from .linear import SeparateQKV, StackedQKV
 
 DATA, HEADS = "data", "heads"
@@ -103,6 +103,8 @@ def with_heads(layer: Any, q: Heads, kv: Heads) -> Any:
     new = nnx.clone(layer)
     new.qkv = _take_qkv(layer.qkv, _lanes(q, D), _lanes(kv, D), _lanes(kv, E))
     new.out = take_inputs(layer.out, _lanes(q, E))
+    if layer.sinks is not None:
+        new.sinks = nnx.Param(take(layer.sinks, q, 0))
     return new
 
 
@@ -164,6 +166,8 @@ def weight_specs(state: Any, divide: bool = True) -> Any:
 
     def spec(path: Any, leaf: Any) -> P:
         names = [name for entry in path if (name := _name(entry)) != "value"]
+        if divide and names == ["sinks"]:
+            return P(HEADS)
         if not divide or names[0] not in ("qkv", "out") or names[-1] not in AXES:
             return P()
         axis = AXES[names[-1]][0 if names[0] == "qkv" else 1]

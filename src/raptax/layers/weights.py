@@ -4,6 +4,7 @@
 . weight_scale, input_scale, weight_scale_2     float8
 . qweight, qzeros, scales, g_idx                GPTQ
 q_norm, k_norm             . weight
+sinks
 """
 
 import os
@@ -39,6 +40,8 @@ def state_dict(layer: AbstractAttention | DistributedAttention) -> dict[str, jax
             if isinstance(module, GGUFLinear) and leaf == "weight":
                 value = value.reshape(value.shape[0], -1)
             found[f"{name}.{leaf}"] = value
+    if layer.sinks is not None:
+        found["sinks"] = layer.sinks[...]
     return found
 
 
@@ -88,6 +91,11 @@ def load_state(
                 changes.append((variable, "", value))
             elif not _optional(module, leaf):
                 raise ValueError(f"the tensors lack {full!r}; got {sorted(tensors)}.")
+    if layer.sinks is not None:
+        if "sinks" not in given:
+            raise ValueError(f"the tensors lack 'sinks'; got {sorted(tensors)}.")
+        value = _fitted("sinks", given.pop("sinks"), layer.sinks[...], layer, "sinks")
+        changes.append((layer.sinks, "", value))
     if given:
         raise ValueError(f"the layer has no {sorted(given)}; it has {sorted(modules)}.")
     for target, attribute, value in changes:
