@@ -10,9 +10,10 @@ from .linear import along_last
 
 
 class RMSNorm(nnx.Module):
-    """``x / sqrt(mean(x ** 2) + eps) * weight`` over the last axis, in float32.
+    """``x / sqrt(mean(x ** 2) + eps) * weight`` over the last axis.
 
-    Zhang & Sennrich 2019, arXiv:1910.07467. The result has the dtype of ``x``.
+    Zhang & Sennrich 2019, arXiv:1910.07467. Worked out in float32, or float64 if ``x`` is
+    that; the result has the dtype of ``x``.
     """
 
     def __init__(

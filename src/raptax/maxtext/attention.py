@@ -22,6 +22,7 @@ from ..caches.contiguous import ACTIVE
 from ..caches.held import Held, Rules, attend
 from ..dispatch import attention
 from ..mods import SoftCap, and_masks
+from ..rope.turns import wide_dtype
 from . import kvcache, masks, positions, serving
 from .dense import L2Norm, RMSNorm, param
 from .options import MODES, AttentionOptions, Number, signature_of
@@ -74,8 +75,9 @@ class Attention(Projections):
 
     ``compute_axis_order`` and ``reshape_q`` change how products are laid out, not what
     comes out; kernels here take heads before lengths, whichever order is asked for.
-    float32 is what scores and sums are always computed in; ``float32_qk_product`` and
-    ``float32_logits`` hand kernels float32 arrays, so that nothing is rounded on the way.
+    float32, or float64 where arrays are that, is what scores and sums are always computed
+    in; ``float32_qk_product`` and ``float32_logits`` hand kernels such arrays, so that
+    nothing is rounded on the way.
     temperature_tuning concerns NoPE layers alone.
 
     Raises:
@@ -173,10 +175,11 @@ class Attention(Projections):
         if o.query_pre_attn_scalar:
             q = q * jnp.asarray(o.query_pre_attn_scalar, q.dtype)
         if o.temperature_tuning and o.is_nope_layer:
-            at = inputs_positions.astype(jnp.float32)
+            wide = wide_dtype(q)
+            at = inputs_positions.astype(wide)
             turn = jnp.floor((at + 1) / o.temperature_tuning_floor_scale)
             factor = 1 + o.temperature_tuning_scale * jnp.log1p(turn)
-            q = (q.astype(jnp.float32) * factor[:, :, None, None]).astype(q.dtype)
+            q = (q.astype(wide) * factor[:, :, None, None]).astype(q.dtype)
         return q
 
     def _expanded(self, key, value):
@@ -193,7 +196,7 @@ class Attention(Projections):
         cap, drops = o.attn_logits_soft_cap, o.dropout_rate > 0 and not deterministic
         return Rules(
             score_mod=SoftCap(float(cap)) if cap else None,
-            sinks=None if self.sinks is None else self.sinks[...].astype(jnp.float32),
+            sinks=self._wide_sinks,
             scale=1.0,
             dropout_rng=self.rngs.dropout() if drops else None,
             dropout_rate=float(o.dropout_rate),
@@ -201,12 +204,19 @@ class Attention(Projections):
             kernel=o.kernel,
         )
 
+    @property
+    def _wide_sinks(self) -> Any:
+        if self.sinks is None:
+            return None
+        sinks = self.sinks[...]
+        return sinks.astype(wide_dtype(sinks))
+
     def _operands(self, *arrays: jax.Array) -> tuple[jax.Array, ...]:
-        """(B, T, H, D) -> (B, H, T, D), in float32 if that is asked for."""
+        """(B, T, H, D) -> (B, H, T, D), in float32 or wider if that is asked for."""
         o = self.options
         wide = o.float32_qk_product or o.float32_logits
         swapped = (x.swapaxes(1, 2) for x in arrays)
-        return tuple(x.astype(jnp.float32) if wide else x for x in swapped)
+        return tuple(x.astype(wide_dtype(x)) if wide else x for x in swapped)
 
     def _attend_rows(self, q, k, v, segment_ids, bidirectional_mask, deterministic):
         """Attends to keys that lie in order, up to and with the query rows' own."""
@@ -331,7 +341,7 @@ class Attention(Projections):
         ring = variables.value.empty if fresh else variables.value
         rules = self._rules(deterministic)._replace(mask_mod=masks.rule(o))
         if o.float32_qk_product or o.float32_logits:
-            q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+            q, k, v = (x.astype(wide_dtype(x)) for x in (q, k, v))
         real = _real(q.shape[:2], segment_ids)
         y, ring = ring.append_and_attend(q, k, v, rules, real=real)
         variables.store(ring)
@@ -379,7 +389,7 @@ class Attention(Projections):
             (q, k, v),
             cache[0] if isinstance(cache, list | tuple) else cache,
             rpa_metadata,
-            sinks=None if self.sinks is None else self.sinks[...].astype(jnp.float32),
+            sinks=self._wide_sinks,
             window=o.window,
             soft_cap=o.attn_logits_soft_cap or None,
             update=not o.share_kv_layer,

@@ -10,6 +10,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from ..layers.linear import along_last
+from ..rope.turns import wide_dtype
 
 Initializer = Callable[..., jax.Array]
 
@@ -97,8 +98,8 @@ class DenseGeneral(nnx.Module):
 
 
 def _normalised(x: jax.Array, eps: float) -> jax.Array:
-    """``x / sqrt(mean(x ** 2) + eps)`` over the last axis, in float32."""
-    wide = x.astype(jnp.float32)
+    """``x / sqrt(mean(x ** 2) + eps)`` over the last axis, in float32 or float64."""
+    wide = x.astype(wide_dtype(x))
     square = jnp.mean(wide * wide, axis=-1, keepdims=True)
     return wide * lax.rsqrt(square + eps)
 
@@ -107,7 +108,8 @@ class L2Norm(nnx.Module):
     """``x / sqrt(mean(x ** 2) + eps)`` over the last axis: no parameters.
 
     MaxText's name: the mean makes it an RMS norm, not one of unit length. Computed in
-    float32; the result has the dtype of ``x``, and zeros stay zeros.
+    float32, or float64 if ``x`` is that; the result has the dtype of ``x``, and zeros
+    stay zeros.
 
     Attributes:
         eps: Added to the mean.

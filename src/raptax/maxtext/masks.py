@@ -31,6 +31,7 @@ from ..mods import (
     and_masks,
 )
 from ..mods.combine import entries, per_sequence, within
+from ..rope.turns import wide_dtype
 
 
 def rule(o: Any) -> MaskMod | None:
@@ -117,18 +118,19 @@ def moba(
     """
     size, count = o.settings.moba_chunk_size, o.settings.moba_topk
     blocks = -(-max(o.max_target_length, *(p.key.shape[2] for p in held)) // size)
+    wide = wide_dtype(query)
     total: Any = 0
     number: Any = 0
     for part in held:
         block = jnp.where(part.positions >= 0, part.positions // size, blocks)
-        member = jax.nn.one_hot(block, blocks, dtype=jnp.float32)  # (B, S, blocks)
+        member = jax.nn.one_hot(block, blocks, dtype=wide)  # (B, S, blocks)
         keys = jnp.where(part.positions[:, None, :, None] >= 0, part.key, 0)
-        total += jnp.einsum("bsn,bksd->bknd", member, keys.astype(jnp.float32))
+        total += jnp.einsum("bsn,bksd->bknd", member, keys.astype(wide))
         number += member.sum(1)
     mean = total / jnp.maximum(number, 1)[:, None, :, None]
     B, H, T, D = query.shape
     K = mean.shape[1]
-    grouped = query.astype(jnp.float32).reshape(B, K, H // K, T, D)
+    grouped = query.astype(wide).reshape(B, K, H // K, T, D)
     liking = jnp.einsum("bkgtd,bknd->bkgtn", grouped, mean).reshape(B, H, T, blocks)
     own = (positions // size)[:, None, :, None]
     block = jnp.arange(blocks, dtype=jnp.int32)[None, None, None]
