@@ -2,15 +2,22 @@
 
 Token ``p`` lies in slot ``p % slots``, so a layer whose mask never looks back further
 than ``slots`` tokens finds all that it may see, in memory that does not grow.
+
+A token that is rolled back, such as a rejected draft, has overwritten the one that stood
+``slots`` before it. So a ring that is to forget up to ``rollback`` tokens needs as many
+slots more than its mask looks back.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from .._pytree import pytree
+from .._pytree import pytree, static
 from .contiguous import ACTIVE, Partition
 from .held import Held, Rules, attend
 
@@ -21,31 +28,100 @@ class RingKVCache:
 
     Attributes:
         ring: Keys and values; a slot's segment id is `ACTIVE` once it was written.
-        lengths: Tokens that each sequence has had so far.
+        lengths: Tokens that each sequence has.
+        written: Tokens that each sequence has had at most: more than ``lengths`` after
+            `truncate`. ``lengths`` unless given.
+        rollback: How many tokens `truncate` may forget after the last that was written.
+
+    Raises:
+        ValueError: ``lengths`` are more than ``rollback`` below what was written, so that
+            tokens which the next row sees are overwritten. Where they are traced,
+            `rolled_back_too_far` says so.
     """
 
     ring: Partition
     lengths: Int[Array, " B"]
+    written: Int[Array, " B"] | None = None
+    rollback: int = static(default=0)
+
+    def __post_init__(self) -> None:
+        if self.written is None:
+            # A copy: one buffer cannot be donated twice.
+            object.__setattr__(self, "written", jnp.array(self.lengths))
+        self._check()
 
     @classmethod
-    def create(cls, ring: Partition) -> "RingKVCache":
-        """With nothing in it."""
-        return cls(ring, jnp.zeros(ring.segment_ids.shape[0], jnp.int32))
+    def create(cls, ring: Partition, *, rollback: int = 0) -> "RingKVCache":
+        """With nothing in it.
+
+        A mask may look back over ``ring.slots - rollback`` tokens, a row's own included.
+
+        Raises ValueError unless ``0 <= rollback < ring.slots``.
+        """
+        if not 0 <= rollback < ring.slots:
+            raise ValueError(
+                f"rollback={rollback} must lie in [0, {ring.slots}): of the ring's "
+                f"{ring.slots} slots so many hold tokens that may be forgotten."
+            )
+        zeros = jnp.zeros(ring.segment_ids.shape[0], jnp.int32)
+        return cls(ring, zeros, rollback=rollback)
 
     @property
     def empty(self) -> "RingKVCache":
         """The same memory with nothing in it."""
         ids = jnp.zeros_like(self.ring.segment_ids)
-        return RingKVCache.create(dataclasses.replace(self.ring, segment_ids=ids))
+        ring = dataclasses.replace(self.ring, segment_ids=ids)
+        return RingKVCache.create(ring, rollback=self.rollback)
 
     @property
     def positions(self) -> Int[Array, "B S"]:
         """The position of the token in each slot, -1 where there is none."""
         slots = self.ring.slots
         slot = jnp.arange(slots, dtype=jnp.int32)[None]
-        last = self.lengths[:, None] - 1
+        last = self._written[:, None] - 1
         position = last - (last - slot) % slots
-        return jnp.where(self.ring.segment_ids == ACTIVE, position, -1)
+        there = (self.ring.segment_ids == ACTIVE) & (position < self.lengths[:, None])
+        return jnp.where(there, position, -1)
+
+    @property
+    def _written(self) -> Int[Array, " B"]:
+        return self.lengths if self.written is None else self.written
+
+    @property
+    def rolled_back_too_far(self) -> Bool[Array, " B"]:
+        """Whether tokens that the next row may see were overwritten by forgotten ones."""
+        return self._written - self.lengths > self.rollback
+
+    def _check(self) -> None:
+        arrays = self.lengths, self._written
+        if all(isinstance(x, jax.Array) for x in arrays) and not any(
+            isinstance(x, jax.core.Tracer) for x in arrays
+        ):
+            for b in np.flatnonzero(np.asarray(self.rolled_back_too_far))[:1]:
+                raise ValueError(
+                    f"sequence {b} goes back from {self._written[b]} tokens to "
+                    f"{self.lengths[b]}, and this ring can forget {self.rollback}: what "
+                    "came before was overwritten; create it with a larger rollback."
+                )
+
+    def truncate(self, lengths: Sequence[int] | Int[Array, " B"]) -> "RingKVCache":
+        """Forgets the tokens from ``lengths[b]`` on, such as rejected drafts.
+
+        Raises:
+            ValueError: A sequence has fewer tokens, or has to go back further than
+                ``rollback``. Where numbers are traced, a sequence with fewer tokens keeps
+                these, and `rolled_back_too_far` says the other.
+        """
+        new = jnp.asarray(lengths, jnp.int32)
+        if not any(isinstance(x, jax.core.Tracer) for x in (new, self.lengths)) and (
+            new.shape != self.lengths.shape
+            or bool(((new < 0) | (new > self.lengths)).any())
+        ):
+            raise ValueError(
+                f"lengths={new.tolist()} must lie between 0 and those of the "
+                f"{self.lengths.shape[0]} sequences, {self.lengths.tolist()}."
+            )
+        return dataclasses.replace(self, lengths=jnp.minimum(new, self.lengths))
 
     def held(self, dtype: DTypeLike) -> Held:
         return Held(*self.ring.read(dtype), self.positions)
@@ -61,10 +137,10 @@ class RingKVCache:
     ) -> tuple[Float[Array, "B T H E"], "RingKVCache"]:
         """Attends to the ring and the new tokens, then writes these.
 
-        ``rules.mask_mod`` must not look back further than the ring is long: what was
-        overwritten cannot be seen. Rows that are not ``real`` are padding, wherever they
-        stand: they take no position, are not written, and what they return means
-        nothing.
+        ``rules.mask_mod`` must not look back further than the ring is long, ``rollback``
+        left aside: what was overwritten cannot be seen. Rows that are not ``real`` are
+        padding, wherever they stand: they take no position, are not written, and what
+        they return means nothing.
         """
         if real is None:
             real = jnp.ones(key.shape[:2], bool)
@@ -91,4 +167,5 @@ class RingKVCache:
         stays = real & (at >= lengths[:, None] - slots)
         ids = jnp.full(key.shape[:2], ACTIVE, jnp.int32)
         ring = self.ring.put(key, value, ids, jnp.where(stays, at % slots, slots))
-        return dataclasses.replace(self, ring=ring, lengths=lengths)
+        written = jnp.maximum(self._written, lengths)
+        return dataclasses.replace(self, ring=ring, lengths=lengths, written=written)
