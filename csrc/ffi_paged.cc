@@ -44,7 +44,7 @@ bool is(const ffi::AnyBuffer& x, std::initializer_list<int64_t> shape) {
 // The operands, in the order in which they come; see native_paged.py.
 struct Operands {
   ffi::AnyBuffer query, key, value, k_pages, v_pages, k_scales, v_scales;
-  ffi::AnyBuffer table, lengths, row_offsets, layer, scale;
+  ffi::AnyBuffer table, lengths, row_offsets, layer, scale, sinks;
   size_t count;  // of these; the rest are arrays of programs
 };
 
@@ -64,17 +64,17 @@ ffi::ErrorOr<Operands> read(ffi::RemainingArgs args, bool append) {
   bool scales = there && stored_of(k_pages.element_type(), &stored) && quantised(stored);
   ffi::AnyBuffer k_scales = scales ? take() : k_pages, v_scales = scales ? take() : v_pages;
   ffi::AnyBuffer table = take(), lengths = take(), offsets = take(), layer = take(),
-                 scale = take();
+                 scale = take(), sinks = take();
   if (!there) return ffi::Unexpected(wrong("an operand is missing."));
   return Operands{query,    key,   value,   k_pages, v_pages, k_scales,
-                  v_scales, table, lengths, offsets, layer,   scale, next};
+                  v_scales, table, lengths, offsets, layer,   scale,  sinks, next};
 }
 
 ffi::Error check_axes(const Operands& x, const Paged& p, bool append) {
   bool fit = is(x.k_pages, {p.L, p.N, p.K, p.P, p.D}) &&
              is(x.v_pages, {p.L, p.N, p.K, p.P, p.E}) && is(x.table, {p.B, p.M}) &&
              is(x.lengths, {p.B}) && is(x.row_offsets, {p.B + 1}) && is(x.layer, {}) &&
-             is(x.scale, {});
+             is(x.scale, {}) && (is(x.sinks, {0}) || is(x.sinks, {p.H}));
   if (append) fit = fit && is(x.key, {p.R, p.K, p.D}) && is(x.value, {p.R, p.K, p.E});
   if (quantised(p.stored)) {
     fit = fit && is(x.k_scales, {p.L, p.N, p.K, p.P}) && is(x.v_scales, {p.L, p.N, p.K, p.P});
@@ -85,6 +85,7 @@ ffi::Error check_axes(const Operands& x, const Paged& p, bool append) {
     fit = fit && whole.element_type() == ffi::DataType::S32;
   }
   fit = fit && x.scale.element_type() == ffi::DataType::F32 &&
+        x.sinks.element_type() == ffi::DataType::F32 &&
         x.v_pages.element_type() == x.k_pages.element_type();
   if (!fit) return wrong("the shapes or dtypes of the operands do not fit together.");
   if (p.K < 1 || p.H % p.K != 0 || p.P < 1) return wrong("heads or pages are of no size.");
@@ -124,10 +125,11 @@ ffi::Error fill(const Operands& x, bool append, Paged& p) {
   p.row_offsets = x.row_offsets.typed_data<int32_t>();
   p.layer = *x.layer.typed_data<int32_t>();
   p.scale = *x.scale.typed_data<float>();
+  if (is(x.sinks, {p.H})) p.sinks = x.sinks.typed_data<float>();
   return ffi::Error::Success();
 }
 
-// Results: out, then the pools that were appended to, which XLA must have let us update
+// Results: out and the log-sum-exp, then the pools that were appended to, which XLA must have let us update
 // where they are.
 ffi::Error check_results(ffi::RemainingRets rets, const Operands& x, bool append, Paged& p) {
   auto out = rets.get<ffi::AnyBuffer>(0);
@@ -136,10 +138,16 @@ ffi::Error check_results(ffi::RemainingRets rets, const Operands& x, bool append
     return wrong("the result does not fit the query.");
   }
   p.out = (*out)->untyped_data();
+  auto lse = rets.get<ffi::AnyBuffer>(1);
+  if (!lse.has_value() || !is(**lse, {p.R, p.H}) ||
+      (*lse)->element_type() != ffi::DataType::F32) {
+    return wrong("the log-sum-exp does not fit the query.");
+  }
+  p.lse = (*lse)->typed_data<float>();
   if (!append) return ffi::Error::Success();
   const ffi::AnyBuffer* pools[] = {&x.k_pages, &x.v_pages, &x.k_scales, &x.v_scales};
   for (size_t i = 0; i < (quantised(p.stored) ? 4 : 2); ++i) {
-    auto pool = rets.get<ffi::AnyBuffer>(i + 1);
+    auto pool = rets.get<ffi::AnyBuffer>(i + 2);
     if (!pool.has_value() || (*pool)->untyped_data() != pools[i]->untyped_data()) {
       return wrong("the pool came back as another buffer, so it cannot be updated in place.");
     }
@@ -176,8 +184,10 @@ ffi::Error paged(ffi::ThreadPool threads, ffi::RemainingArgs args, ffi::Remainin
   if (changes) problem.score_program = &score;
   char message[400];
   if (!check(problem, message, sizeof message)) return wrong(message);
-  kernels->paged(problem, XlaParallel(threads));
-  return ffi::Error::Success();
+  int64_t missing = kernels->paged(problem, XlaParallel(threads));
+  if (missing < 0) return ffi::Error::Success();
+  describe_missing(problem, missing, message, sizeof message);
+  return wrong(message);
 }
 
 }  // namespace

@@ -12,7 +12,9 @@ struct Kernels {
   bool (*runs_here)();  // whether this machine has the instructions
   void (*forward)(const Forward&, const Parallel&);
   void (*backward)(const Backward&, const Parallel&);
-  void (*paged)(const Paged&, const Parallel&);
+  // Returns -1; or, with nothing done, the entry of the table that names no page and has
+  // a key which the mask program lets a row see.
+  int64_t (*paged)(const Paged&, const Parallel&);
   void (*run_program)(const ProgramRun&);  // for tests of mod programs
 };
 

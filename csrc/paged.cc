@@ -9,14 +9,8 @@ namespace {
 bool check_ids(const Paged& p, int64_t b, int64_t from, int64_t end, char* message,
                size_t size) {
   for (int64_t m = from / p.P; from < end && m <= (end - 1) / p.P; ++m) {
-    int64_t page = p.table[b * p.M + m];
-    if (page >= 0 && page < p.N) continue;
-    std::snprintf(message, size,
-                  "table[%lld, %lld]=%lld is needed for tokens %lld and on, but the pool "
-                  "has pages 0 to %lld. Was the sequence given too few pages?",
-                  static_cast<long long>(b), static_cast<long long>(m),
-                  static_cast<long long>(page), static_cast<long long>(m * p.P),
-                  static_cast<long long>(p.N - 1));
+    if (p.held(b, m)) continue;
+    describe_missing(p, b * p.M + m, message, size);
     return false;
   }
   return true;
@@ -42,11 +36,21 @@ bool check_sequence(const Paged& p, int64_t b, char* message, size_t size) {
     return false;
   }
   int64_t appended = p.key != nullptr ? p.first(b) : p.keys(b);
-  return check_ids(p, b, p.first_key(b), p.end_key(b, rows - 1), message, size) &&
+  int64_t read = p.mask_program != nullptr ? 0 : p.end_key(b, rows - 1);
+  return check_ids(p, b, p.first_key(b), read, message, size) &&
          check_ids(p, b, appended, p.keys(b), message, size);
 }
 
 }  // namespace
+
+void describe_missing(const Paged& p, int64_t entry, char* message, size_t size) {
+  long long b = entry / p.M, m = entry % p.M, page = p.table[entry];
+  std::snprintf(message, size,
+                "table[%lld, %lld]=%lld is needed for tokens %lld and on, but the pool "
+                "has pages 0 to %lld. Was the sequence given too few pages?",
+                b, m, page, m * static_cast<long long>(p.P),
+                static_cast<long long>(p.N - 1));
+}
 
 bool check(const Paged& p, char* message, size_t size) {
   if (p.layer < 0 || p.layer >= p.L) {

@@ -27,6 +27,7 @@ struct Paged {
   Type type;          // of query and out
   const void* query;  // (R, H, D)
   void* out;          // (R, H, E)
+  float* lse;         // (R, H), natural logarithm, sinks included; -inf for an empty row
 
   // What to append; null if there is nothing.
   Type new_type;
@@ -45,6 +46,7 @@ struct Paged {
   int64_t layer;
 
   float scale = 1;
+  const float* sinks = nullptr;  // (H): scores of one more key, whose value is 0
   Band band;
   const Program* mask_program = nullptr;
   const Program* score_program = nullptr;
@@ -66,6 +68,10 @@ struct Paged {
     int64_t high = first(b) + row + band.right + 1;
     return high < keys(b) ? high : keys(b);
   }
+  // Whether entry m of the table of sequence b names a page of the pool.
+  bool held(int64_t b, int64_t m) const {
+    return table[b * M + m] >= 0 && table[b * M + m] < N;
+  }
   // Where token `position` of sequence b lies, counted in tokens of the pool, for kv
   // head 0; that of head k lies k * P further.
   int64_t place(int64_t b, int64_t position) const {
@@ -74,8 +80,13 @@ struct Paged {
   }
 };
 
-// Whether every place that will be written or read exists. Reads nothing but the table,
-// the lengths and the offsets. If not, `message` says what is wrong.
+// Whether every place that will be written, and every one that the band lets a row read,
+// exists. Reads nothing but the table, the lengths and the offsets. If not, `message`
+// says what is wrong. Pages that only a mask program may leave unread pass: the kernel
+// asks the program about them.
 bool check(const Paged& problem, char* message, size_t size);
+
+// Writes that `entry` of the table, counted through it, names no page and is needed.
+void describe_missing(const Paged& problem, int64_t entry, char* message, size_t size);
 
 }  // namespace raptax

@@ -135,11 +135,58 @@ static void attend(const Paged& p, const Parallel& parallel) {
   parallel.each(tasks, [&](int64_t number) { run_task<Element>(call, number); });
 }
 
-static void paged(const Paged& p, const Parallel& parallel) {
-  int64_t row = p.row_offsets[p.B], bytes = p.H * p.E * bytes_of(p.type);
-  memset(static_cast<char*>(p.out) + row * bytes, 0, static_cast<size_t>((p.R - row) * bytes));
-  if (row == 0) return;
-  if (p.key != nullptr) append(p, parallel);
+// Whether the band and the mask program let a row of sequence b see one of the keys
+// first .. end - 1.
+static bool any_seen(const Paged& p, int64_t b, int64_t first, int64_t end) {
+  constexpr int64_t kRowsAtOnce = 16;
+  Buffer memory(Runner::bytes(*p.mask_program, kBlock));
+  Buffer area(kRowsAtOnce * kBlock * sizeof(float));
+  float* scores = area.as<float>();
+  Runner runner(*p.mask_program, Along::kKeys, kBlock, memory.as<void>());
+  for (int64_t h = 0; h < p.H; ++h) {
+    runner.begin(b, h);
+    for (int64_t key = first; key < end; key += kBlock) {
+      int64_t count = least(kBlock, end - key);
+      runner.columns(key, count);
+      for (int64_t r = 0; r < p.rows(b); r += kRowsAtOnce) {
+        int64_t rows = least(kRowsAtOnce, p.rows(b) - r), position = p.first(b) + r;
+        for (int64_t i = 0; i < rows * kBlock; ++i) {
+          int64_t away = key + i % kBlock - (position + i / kBlock);
+          bool inside = -away <= p.band.left && away <= p.band.right;
+          scores[i] = inside && i % kBlock < count ? 0.0f : -kInf;
+        }
+        runner.mask(position, rows, scores, kBlock);
+        for (int64_t i = 0; i < rows * kBlock; ++i) {
+          if (scores[i] == 0.0f) return true;
+        }
+      }
+    }
+  }
+  return false;
+}
+
+// The first entry of the table that names no page and has a key which a row may see, or
+// -1. Without a mask program `check` has found them all.
+static int64_t first_missing(const Paged& p, const Parallel& parallel) {
+  if (p.mask_program == nullptr) return -1;
+  Buffer found(static_cast<size_t>(p.B) * sizeof(int64_t));
+  int64_t* entries = found.as<int64_t>();
+  parallel.each(p.B, [&](int64_t b) {
+    entries[b] = -1;
+    if (p.rows(b) == 0) return;
+    int64_t end = p.end_key(b, p.rows(b) - 1);
+    for (int64_t m = p.first_key(b) / p.P; m * p.P < end && entries[b] < 0; ++m) {
+      if (p.held(b, m)) continue;
+      if (any_seen(p, b, m * p.P, least(end, (m + 1) * p.P))) entries[b] = b * p.M + m;
+    }
+  });
+  for (int64_t b = 0; b < p.B; ++b) {
+    if (entries[b] >= 0) return entries[b];
+  }
+  return -1;
+}
+
+static void attend_to_stored(const Paged& p, const Parallel& parallel) {
   switch (p.stored) {
     case Stored::kF32: return attend<Float32>(p, parallel);
     case Stored::kBF16: return attend<BFloat16>(p, parallel);
@@ -148,6 +195,18 @@ static void paged(const Paged& p, const Parallel& parallel) {
     case Stored::kE4M3: return attend<E4M3>(p, parallel);
     case Stored::kE5M2: return attend<E5M2>(p, parallel);
   }
+}
+
+static int64_t paged(const Paged& p, const Parallel& parallel) {
+  int64_t missing = first_missing(p, parallel);
+  if (missing >= 0) return missing;
+  int64_t row = p.row_offsets[p.B], bytes = p.H * p.E * bytes_of(p.type);
+  memset(static_cast<char*>(p.out) + row * bytes, 0, static_cast<size_t>((p.R - row) * bytes));
+  for (int64_t i = row * p.H; i < p.R * p.H; ++i) p.lse[i] = -kInf;
+  if (row == 0) return -1;
+  if (p.key != nullptr) append(p, parallel);
+  attend_to_stored(p, parallel);
+  return -1;
 }
 
 }  // namespace pages

@@ -78,6 +78,7 @@ struct Call {
 // Keys first .. first + count - 1 of one sequence and kv head.
 struct Block {
   int64_t first = 0, count = 0;
+  bool missing = false;  // none of them lies in a page: the mask has emptied them all
   const char* keys[kBlock];
   const char* values[kBlock];
   const char* keys_ahead[kBlock];  // rows that come kAhead bytes later
@@ -109,6 +110,7 @@ class Task {
       find(next, now.first + now.count, high);
       look_ahead(p_.D, now.count, now.keys, next.keys, now.keys_ahead);
       look_ahead(p_.E, now.count, now.values, next.values, now.values_ahead);
+      if (now.missing) continue;
       pad(now);
       if (!attend(now, false, states)) {
         inspect(now);
@@ -144,10 +146,18 @@ class Task {
   static void write(const Call& call, int64_t b, int64_t k, int64_t line, int64_t lines,
                     const float* state, float* scratch) {
     const Paged& p = call.p;
-    float total = state[call.Ep + kTotal];
-    float factor = total > 0 ? 1 / total : 0.0f;
-    if (state[call.Ep + kPoison] != 0) factor = __builtin_nanf("");
     int64_t row = p.row_offsets[b] + line / call.G, head = k * call.G + line % call.G;
+    float sink = p.sinks == nullptr ? -kInf : p.sinks[head];
+    float high = __builtin_fmaxf(state[call.Ep + kHigh], sink), shrink = 1;
+    float total = state[call.Ep + kTotal];
+    if (sink > -kInf) {
+      shrink = shrink_from(state[call.Ep + kHigh], high);
+      total = total * shrink + shrink_from(sink, high);
+    }
+    float factor = total == 0 ? 0.0f : shrink / total;
+    float lse = total == 0 ? -kInf : high + __builtin_logf(total);
+    if (state[call.Ep + kPoison] != 0 || !(sink < kInf)) factor = lse = __builtin_nanf("");
+    p.lse[row * p.H + head] = lse;
     for (int64_t e = 0; e < call.Ep; e += kLanes) store(scratch + e, load(state + e) * factor);
     float* ordered = scratch + call.Ep;
     if (way_of(p, lines) == kOnTiles) {
@@ -262,10 +272,17 @@ class Task {
     block.first = first;
     block.count = least(end, (first / kBlock + 1) * kBlock) - first;
     if (block.count < 0) block.count = 0;
+    block.missing = block.count > 0;
     int64_t key_bytes = p_.D * Element::kBytes, value_bytes = p_.E * Element::kBytes;
     for (int64_t j = 0; j < block.count;) {
-      int64_t place = p_.place(b_, first + j) + k_ * p_.P;
       int64_t run = least(p_.P - (first + j) % p_.P, block.count - j);
+      if (!p_.held(b_, (first + j) / p_.P)) {
+        leave_out(block, j, j + run);
+        j += run;
+        continue;
+      }
+      block.missing = false;
+      int64_t place = p_.place(b_, first + j) + k_ * p_.P;
       const char* key = static_cast<char*>(p_.k_pages) + place * key_bytes;
       const char* value = static_cast<char*>(p_.v_pages) + place * value_bytes;
       for (int64_t i = 0; i < run; ++i) {
@@ -279,7 +296,12 @@ class Task {
       }
       j += run;
     }
-    for (int64_t j = block.count; j < kBlock; ++j) {
+    leave_out(block, block.count, kBlock);
+  }
+
+  // Rows from .. end - 1 of the block are zeros.
+  void leave_out(Block& block, int64_t from, int64_t end) const {
+    for (int64_t j = from; j < end; ++j) {
       block.keys[j] = block.values[j] = zeros_;
       block.key_scales[j] = block.value_scales[j] = 0;
     }

@@ -74,6 +74,14 @@ struct Case {
     p.row_offsets = arrays.keep(offsets);
     p.query = arrays.keep(random_rows(p.type, p.R * p.H * p.D));
     p.out = arrays.keep(Bytes(p.R * p.H * p.E * bytes_of(p.type)));
+    p.lse = arrays.keep(std::vector<float>(static_cast<size_t>(p.R * p.H)));
+    if (chance(40)) {
+      std::vector<float> sinks;
+      for (int64_t h = 0; h < p.H; ++h) {
+        sinks.push_back(chance(10) ? -std::numeric_limits<float>::infinity() : normal());
+      }
+      p.sinks = arrays.keep(sinks);
+    }
     if (!appends) return;
     p.key = arrays.keep(random_rows(p.new_type, p.R * p.K * p.D));
     p.value = arrays.keep(random_rows(p.new_type, p.R * p.K * p.E));
@@ -174,6 +182,7 @@ std::vector<double> unpacked(const Case& c, const void* pages, const float* scal
   return x;
 }
 
+// What row t of sequence b gets for head h, and behind it the log-sum-exp.
 std::vector<double> expected_row(const Case& c, const std::vector<double>& keys,
                                  const std::vector<double>& values, int64_t b, int64_t t,
                                  int64_t h) {
@@ -186,7 +195,9 @@ std::vector<double> expected_row(const Case& c, const std::vector<double>& keys,
   int64_t k = h / (p.H / p.K), position = p.first(b) + t;
   std::vector<double> out(static_cast<size_t>(p.E), 0.0), scores;
   std::vector<int64_t> tokens;
-  double high = -std::numeric_limits<double>::infinity(), total = 0;
+  double sink = p.sinks == nullptr ? -std::numeric_limits<double>::infinity()
+                                   : static_cast<double>(p.sinks[h]);
+  double high = sink;
   for (int64_t s = 0; s < p.keys(b); ++s) {
     if (s < position - p.band.left || s > position + p.band.right) continue;
     int64_t token = p.place(b, s) + k * p.P;
@@ -197,6 +208,7 @@ std::vector<double> expected_row(const Case& c, const std::vector<double>& keys,
     scores.push_back(score * static_cast<double>(p.scale)), tokens.push_back(token);
     high = std::fmax(high, scores.back());
   }
+  double total = std::isinf(sink) ? 0 : std::exp(sink - high);
   for (size_t i = 0; i < scores.size(); ++i) {
     double weight = std::exp(scores[i] - high);
     total += weight;
@@ -205,6 +217,7 @@ std::vector<double> expected_row(const Case& c, const std::vector<double>& keys,
     }
   }
   for (double& x : out) x = total > 0 ? x / total : 0;
+  out.push_back(high + std::log(total));
   return out;
 }
 
@@ -225,11 +238,20 @@ void check_out(const Case& c) {
           return fail(c, "row " + std::to_string(t) + " of sequence " + std::to_string(b) +
                              ": " + std::to_string(y) + " for " + std::to_string(x));
         }
+        double x = wanted.back();
+        double y = static_cast<double>(p.lse[(p.row_offsets[b] + t) * p.H + h]);
+        bool same = std::isinf(x) ? x == y : std::fabs(x - y) <= close * (1 + std::fabs(x));
+        if (!same) {
+          return fail(c, "log-sum-exp " + std::to_string(y) + " for " + std::to_string(x));
+        }
       }
     }
   }
   for (int64_t i = p.row_offsets[p.B] * p.H * p.E; i < p.R * p.H * p.E; ++i) {
     if (read(p.out, p.type, i) != 0) return fail(c, "padding is not zero");
+  }
+  for (int64_t i = p.row_offsets[p.B] * p.H; i < p.R * p.H; ++i) {
+    if (!std::isinf(p.lse[i])) return fail(c, "padding has a log-sum-exp");
   }
 }
 
@@ -258,7 +280,8 @@ void test(const Kernels& kernels) {
   Case c;
   char message[400];
   if (!check(c.p, message, sizeof message)) return fail(c, message);
-  kernels.paged(c.p, Serial(false));  // backwards: order is open
+  int64_t missing = kernels.paged(c.p, Serial(false));  // backwards: order is open
+  if (missing >= 0) return fail(c, "a page was said to be missing");
   check_appended(c);
   check_out(c);
   check_refusal(c);

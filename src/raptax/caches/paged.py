@@ -5,20 +5,27 @@ Two halves, because they live in two worlds:
 * `PagedKVCache` is arrays. It is written and read inside ``jit``.
 * `PageAllocator` is bookkeeping on the host. It decides which page is whose, between
   steps, and never touches a token.
+
+Sequences may share pages that are full: a prefix, or what beams have in common. A page
+that is still written to has one owner; `PagedKVCache.fork` copies the half-full one.
 """
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Int8
+from jaxtyping import Array, Bool, Float, Int, Int8
 
 from .._pytree import pytree
 from .._types import MaskMod, ScoreMod
 from ..kernels import paged
 from ..mods import Causal
 from ..quant.rows import is_code
+from .page_allocator import NO_PAGE
+from .page_allocator import PageAllocator as PageAllocator
 from .params import KVCacheParams, KVCacheStrategy, check_strategy
 
 
@@ -29,7 +36,8 @@ class PagedKVCache:
     Attributes:
         k_pages: Keys of all layers.
         v_pages: Values of all layers.
-        table: Page ids by sequence; entries past a sequence's pages are never read.
+        table: Page ids by sequence; -1 where there is no page, which is never written to
+            or read from.
         lengths: Tokens held by each sequence.
         k_scales: What codes of keys are to be multiplied with; None for floats.
         v_scales: Likewise for values.
@@ -46,14 +54,17 @@ class PagedKVCache:
     def create(
         cls, params: KVCacheParams, *, pages: int, sequences: int, max_pages: int
     ) -> "PagedKVCache":
-        """An empty cache: ``pages`` in the pool, up to ``max_pages`` a sequence."""
+        """An empty cache: ``pages`` in the pool, up to ``max_pages`` a sequence.
+
+        No sequence holds a page until `with_tables` gives it some.
+        """
         check_strategy(params, KVCacheStrategy.PAGED)
         shape = (params.num_layers, pages, params.n_kv_heads, params.page_size)
         scales = lambda: jnp.zeros(shape) if is_code(params.dtype) else None
         return cls(
             jnp.zeros((*shape, params.head_dim), params.dtype),
             jnp.zeros((*shape, params.value_size), params.dtype),
-            jnp.zeros((sequences, max_pages), jnp.int32),
+            jnp.full((sequences, max_pages), NO_PAGE, jnp.int32),
             jnp.zeros(sequences, jnp.int32),
             scales(),
             scales(),
@@ -79,12 +90,22 @@ class PagedKVCache:
         mask_mod: MaskMod | None = Causal(),
         score_mod: ScoreMod | None = None,
         scale: float | Float[Array, ""] | None = None,
+        sinks: Float[Array, " H"] | None = None,
+        return_lse: bool = False,
         kernel: str | None = None,
-    ) -> tuple[Float[Array, "R H E"], "PagedKVCache"]:
+    ) -> tuple[Any, "PagedKVCache"]:
         """Writes one layer's new keys and values, then attends; see `kernels.paged`.
 
         ``lengths`` stay as they were, so that every layer of a model writes to the same
         places: call `advance` when the last one is done.
+
+        A row that has no page is refused. Where ``table`` or ``lengths`` are traced, the
+        native kernel refuses it when it runs; the other one drops the row, whose output
+        is zero, and `overflowed` says so after `advance`.
+
+        Returns:
+            The output ``(R, H, E)``, or with ``return_lse`` the pair of it and the
+            log-sum-exp ``(R, H)``; and the cache.
         """
         out, pool = paged.append_and_attend(
             query,
@@ -98,16 +119,20 @@ class PagedKVCache:
             mask_mod=mask_mod,
             score_mod=score_mod,
             scale=scale,
+            sinks=sinks,
+            return_lse=return_lse,
             kernel=kernel,
         )
-        after = dataclasses.replace(
+        return out, self._with_pool(pool)
+
+    def _with_pool(self, pool: paged.Pool) -> "PagedKVCache":
+        return dataclasses.replace(
             self,
             k_pages=pool.keys,
             v_pages=pool.values,
             k_scales=pool.key_scales,
             v_scales=pool.value_scales,
         )
-        return out, after
 
     def positions(
         self, rows: int, row_offsets: Int[Array, " offsets"]
@@ -116,17 +141,49 @@ class PagedKVCache:
         return paged.places(rows, self.lengths, row_offsets)[1]
 
     def advance(self, row_offsets: Int[Array, " offsets"]) -> "PagedKVCache":
-        """Counts the rows that all layers have written."""
+        """Counts the rows that all layers have written.
+
+        Raises:
+            ValueError: A row had no page. Where numbers are traced, `overflowed` says so.
+        """
         new = row_offsets[1:] - row_offsets[:-1]
-        return dataclasses.replace(self, lengths=self.lengths + new)
+        after = dataclasses.replace(self, lengths=self.lengths + new)
+        if (over := _known(after.overflowed)) is not None and over.any():
+            b = int(np.flatnonzero(over)[0])
+            raise ValueError(
+                f"sequence {b} has {after.lengths[b]} tokens now, more than its pages "
+                "hold; give it pages by `with_tables` before they are written."
+            )
+        return after
+
+    @property
+    def overflowed(self) -> Bool[Array, " B"]:
+        """Whether the page of a sequence's last token is missing."""
+        (N, P), M = self._pages, self.table.shape[1]
+        if not M:
+            return self.lengths > 0
+        m = jnp.clip((self.lengths - 1) // P, 0, M - 1)
+        page = jnp.take_along_axis(self.table, m[:, None], axis=1)[:, 0]
+        missing = (page < 0) | (page >= N) | (self.lengths > M * P)
+        return (self.lengths > 0) & missing
+
+    @property
+    def _pages(self) -> tuple[int, int]:
+        """Pages in the pool, and tokens in a page."""
+        return self.k_pages.shape[1], self.page_size
 
     def with_tables(
         self, tables: Sequence[Sequence[int]], lengths: Sequence[int]
     ) -> "PagedKVCache":
         """Says which pages each sequence holds and how many tokens lie in them.
 
-        Raises ValueError for a page id outside the pool, a page held twice, or lengths
-        that need more pages than are held.
+        -1 stands for a page that was given away, as behind a sliding window; that of the
+        last token cannot be. Sequences may share pages that are full in each of them.
+
+        Raises:
+            ValueError: A page id outside the pool, a page held twice by a sequence, or
+                by two that may write to it, or lengths that need other pages than are
+                held.
         """
         sequences, max_pages = self.table.shape
         if not len(tables) == len(lengths) == sequences:
@@ -134,70 +191,164 @@ class PagedKVCache:
                 f"the cache holds {sequences} sequences; got {len(tables)} tables and "
                 f"{len(lengths)} lengths."
             )
-        table = np.zeros((sequences, max_pages), np.int32)
-        held = [page for pages in tables for page in pages]
-        if any(not 0 <= page < self.k_pages.shape[1] for page in held):
-            raise ValueError(
-                f"page ids must lie in [0, {self.k_pages.shape[1]}); got {sorted(held)}."
-            )
+        table = np.full((sequences, max_pages), NO_PAGE, np.int32)
         for row, pages, length in zip(table, tables, lengths, strict=True):
-            if len(pages) > max_pages:
-                raise ValueError(
-                    f"{len(pages)} pages exceed max_pages={max_pages} per sequence."
-                )
-            if len(set(pages)) < len(pages):
-                raise ValueError(f"a sequence holds a page twice: {list(pages)}.")
-            if length > len(pages) * self.page_size:
-                raise ValueError(
-                    f"{length} tokens do not fit {len(pages)} pages of "
-                    f"{self.page_size}."
-                )
+            self._check_pages(pages, length)
             row[: len(pages)] = pages
+        _check_shared(table, np.asarray(lengths), self.page_size)
         return dataclasses.replace(
             self, table=jnp.asarray(table), lengths=jnp.asarray(lengths, jnp.int32)
         )
 
-
-class PageAllocator:
-    """Hands out the pages of a pool and takes them back. Host side, not traced."""
-
-    def __init__(self, pages: int, page_size: int):
-        if pages < 1 or page_size < 1:
+    def _check_pages(self, pages: Sequence[int], length: int) -> None:
+        """Raises ValueError for pages that one sequence cannot hold."""
+        (N, P), max_pages = self._pages, self.table.shape[1]
+        held = [page for page in pages if page != NO_PAGE]
+        if any(not 0 <= page < N for page in held):
             raise ValueError(
-                f"pages={pages} and page_size={page_size} must be at least 1."
+                f"page ids must lie in [0, {N}), or be -1 where there is no page; got "
+                f"{sorted(held)}."
             )
-        self.page_size = page_size
-        self._free = list(range(pages))[::-1]
-        self._used: set[int] = set()
-
-    @property
-    def free(self) -> int:
-        """Pages that nobody holds."""
-        return len(self._free)
-
-    def grow(self, held: list[int], tokens: int) -> None:
-        """Extends ``held`` in place until it has room for ``tokens`` tokens.
-
-        Raises MemoryError when the pool has too few pages; nothing is taken then.
-        """
-        short = -(-tokens // self.page_size) - len(held)
-        if short > len(self._free):
-            raise MemoryError(
-                f"the sequence needs {short} more pages but only {len(self._free)} are "
-                "free; evict a sequence or build the cache with more pages."
+        if len(pages) > max_pages:
+            raise ValueError(
+                f"{len(pages)} pages exceed max_pages={max_pages} per sequence."
             )
-        for _ in range(short):
-            page = self._free.pop()
-            self._used.add(page)
-            held.append(page)
+        if len(set(held)) < len(held):
+            raise ValueError(f"a sequence holds a page twice: {list(pages)}.")
+        if not 0 <= length <= len(pages) * P:
+            raise ValueError(f"{length} tokens do not fit {len(pages)} pages of {P}.")
+        if length and pages[(length - 1) // P] == NO_PAGE:
+            raise ValueError(
+                f"page ids must lie in [0, {N}), and -1 may only stand for a page before "
+                f"that of the last token; got {list(pages)} for {length} tokens."
+            )
 
-    def release(self, held: list[int]) -> None:
-        """Takes back all of ``held`` and empties it.
+    # ------------------------------------------------------- beams, drafts and windows
 
-        Raises ValueError for pages that are not handed out; nothing is released then.
+    def copy_pages(
+        self, source: Int[Array, " n"], target: Int[Array, " n"]
+    ) -> "PagedKVCache":
+        """Copies pages of all layers, in place if the cache is donated.
+
+        A pair with a negative number is skipped. No page may be a target twice, or be
+        source and target.
         """
-        if len(set(held)) < len(held) or not self._used.issuperset(held):
-            raise ValueError(f"pages {held} are not all handed out: released twice?")
-        self._used.difference_update(held)
-        self._free.extend(held)
-        held.clear()
+        N = self.k_pages.shape[1]
+        target = jnp.where(
+            (source < 0) | (target < 0), N, target
+        )  # mode="drop" skips N
+        source = jnp.clip(source, 0, N - 1)
+
+        def copy(x: Any) -> Any:
+            return None if x is None else x.at[:, target].set(x[:, source], mode="drop")
+
+        return self._with_pool(paged.Pool(*map(copy, self.pool)))
+
+    def fork(
+        self,
+        parent: int | Int[Array, ""],
+        child: int | Int[Array, ""],
+        page: int | Int[Array, ""] = NO_PAGE,
+    ) -> "PagedKVCache":
+        """Sequence ``child`` becomes a copy of ``parent``, for beams and shared prompts.
+
+        They share the pages that are full. The half-full one is copied into ``page``, so
+        that each writes to its own; where the last one is full, ``page`` is the child's
+        next, if any. `PageAllocator.fork` hands it out. In place under donation.
+
+        Raises:
+            ValueError: There is no such sequence, or ``page`` is needed and missing, or
+                held already; where these numbers are traced, a child without its page
+                cannot be attended to.
+        """
+        P, M = self.page_size, self.table.shape[1]
+        self._check_fork(parent, child, page)
+        row, length = self.table[parent], self.lengths[parent]
+        full = length // P
+        half = jnp.where(length % P > 0, row[jnp.minimum(full, M - 1)], NO_PAGE)
+        entry = jnp.arange(M, dtype=jnp.int32)
+        page = jnp.asarray(page, jnp.int32)
+        row = jnp.where(entry < full, row, jnp.where(entry == full, page, NO_PAGE))
+        after = self.copy_pages(half[None], page[None])
+        return dataclasses.replace(
+            after,
+            table=self.table.at[child].set(row),
+            lengths=self.lengths.at[child].set(length),
+        )
+
+    def _check_fork(self, parent: Any, child: Any, page: Any) -> None:
+        known = [_known(x) for x in (parent, child, page, self.table, self.lengths)]
+        if any(x is None for x in known):
+            return
+        parent, child, page, table, lengths = known
+        B, N = table.shape[0], self.k_pages.shape[1]
+        if not (0 <= parent < B and 0 <= child < B and parent != child):
+            raise ValueError(
+                f"parent={parent} and child={child} must be two of {B} sequences."
+            )
+        others = np.delete(table, child, axis=0)
+        if page != NO_PAGE and (not 0 <= page < N or (others == page).any()):
+            raise ValueError(f"page={page} must be one of {N} that no sequence holds.")
+        if lengths[parent] % self.page_size and page == NO_PAGE:
+            raise ValueError(
+                f"the last page of sequence {parent} is half full and has to be copied: "
+                "fork(..., page=) must name a free one."
+            )
+
+    def truncate(self, lengths: Sequence[int] | Int[Array, " B"]) -> "PagedKVCache":
+        """Forgets the tokens from ``lengths[b]`` on, such as rejected drafts.
+
+        Pages stay where they are, to be written again; `PageAllocator.truncate` takes
+        back those that are empty.
+
+        Raises:
+            ValueError: A sequence has fewer tokens, or the page of its last one was given
+                away, or would be half full and is shared with another sequence. Where
+                numbers are traced, a sequence with fewer tokens keeps these.
+        """
+        new = jnp.asarray(lengths, jnp.int32)
+        known = [_known(x) for x in (new, self.lengths, self.table)]
+        if all(x is not None for x in known):
+            wanted, held, table = known
+            if wanted.shape != held.shape or ((wanted < 0) | (wanted > held)).any():
+                raise ValueError(
+                    f"lengths={wanted.tolist()} must lie between 0 and those of the "
+                    f"{len(held)} sequences, {held.tolist()}."
+                )
+            for row, length in zip(table.tolist(), wanted.tolist(), strict=True):
+                self._check_pages(row, length)
+            _check_shared(table, wanted, self.page_size)
+        return dataclasses.replace(self, lengths=jnp.minimum(new, self.lengths))
+
+    def evict_before(
+        self, position: int | Int[Array, ""] | Int[Array, " B"]
+    ) -> "PagedKVCache":
+        """Gives back the pages whose tokens all stand before ``position``.
+
+        The mask must let no row see them any more: with ``SlidingWindow(w)`` the next
+        row sees the tokens from ``lengths - w + 1`` on. The page of the last token stays.
+        `PageAllocator.evict_before` takes the pages back.
+        """
+        P, M = self.page_size, self.table.shape[1]
+        ends = jnp.arange(1, M + 1, dtype=jnp.int32)[None] * P
+        at = jnp.asarray(position, jnp.int32).reshape(-1, 1)
+        gone = (ends <= at) & (ends < self.lengths[:, None])
+        return dataclasses.replace(self, table=jnp.where(gone, NO_PAGE, self.table))
+
+
+def _known(x: Any) -> Any:
+    """``x`` in numbers, or None where it is traced."""
+    return None if isinstance(x, jax.core.Tracer) else np.asarray(x)
+
+
+def _check_shared(table: Any, lengths: Any, page_size: int) -> None:
+    """Raises ValueError if two sequences hold a page that one of them may write to."""
+    entries = np.arange(table.shape[1])
+    open_ = (entries[None] + 1) * page_size > lengths[:, None]
+    for b, m in np.argwhere(open_ & (table != NO_PAGE)):
+        others = np.flatnonzero((table == table[b, m]).any(1))
+        if len(others) > 1:
+            raise ValueError(
+                f"page {table[b, m]} is held by sequences {others.tolist()}, and "
+                f"{b} would write to it; give that one a copy of its own (`fork`)."
+            )

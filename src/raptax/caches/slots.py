@@ -10,7 +10,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from .._pytree import pytree, static
 from .._types import MaskMod, ScoreMod
@@ -95,7 +95,7 @@ class SlotKVCache:
     def append_and_attend(
         self, query: Any, key: Any, value: Any, **options: Any
     ) -> tuple[Any, "SlotKVCache"]:
-        """As `PagedKVCache.append_and_attend`; tokens beyond a slot's end are dropped."""
+        """As `PagedKVCache.append_and_attend`, also for tokens beyond a slot's end."""
         out, pages = self.pages.append_and_attend(query, key, value, **options)
         return out, dataclasses.replace(self, pages=pages)
 
@@ -104,8 +104,17 @@ class SlotKVCache:
         return self.pages.positions(rows, row_offsets)
 
     def advance(self, row_offsets: Int[Array, " offsets"]) -> "SlotKVCache":
-        """Counts the rows that all layers have written."""
+        """See `PagedKVCache.advance`."""
         return dataclasses.replace(self, pages=self.pages.advance(row_offsets))
+
+    @property
+    def overflowed(self) -> Bool[Array, " B"]:
+        """Whether a sequence had a token beyond the end of its slot."""
+        return self.pages.overflowed
+
+    def truncate(self, lengths: Sequence[int] | Int[Array, " B"]) -> "SlotKVCache":
+        """See `PagedKVCache.truncate`."""
+        return dataclasses.replace(self, pages=self.pages.truncate(lengths))
 
 
 class SlotAllocator:
@@ -208,8 +217,11 @@ class TensorKVCache:
         mask_mod: MaskMod | None = Causal(),
         score_mod: ScoreMod | None = None,
         scale: float | Float[Array, ""] | None = None,
-    ) -> tuple[Float[Array, "R H E"], "TensorKVCache"]:
-        """See `PagedKVCache.append_and_attend`; tokens beyond the end are dropped."""
+        sinks: Float[Array, " H"] | None = None,
+        return_lse: bool = False,
+        kernel: str | None = None,
+    ) -> tuple[Any, "TensorKVCache"]:
+        """As `PagedKVCache.append_and_attend`, also for tokens beyond the end."""
         out, pages = self._pages.append_and_attend(
             query,
             key,
@@ -219,6 +231,9 @@ class TensorKVCache:
             mask_mod=mask_mod,
             score_mod=score_mod,
             scale=scale,
+            sinks=sinks,
+            return_lse=return_lse,
+            kernel=kernel,
         )
         return out, dataclasses.replace(self, k=pages.k_pages, v=pages.v_pages)
 
@@ -233,9 +248,19 @@ class TensorKVCache:
         return self._pages.positions(rows, row_offsets)
 
     def advance(self, row_offsets: Int[Array, " offsets"]) -> "TensorKVCache":
-        """Counts the rows that all layers have written."""
-        new = row_offsets[1:] - row_offsets[:-1]
-        return dataclasses.replace(self, lengths=self.lengths + new)
+        """See `PagedKVCache.advance`."""
+        return dataclasses.replace(
+            self, lengths=self._pages.advance(row_offsets).lengths
+        )
+
+    @property
+    def overflowed(self) -> Bool[Array, " B"]:
+        """Whether a sequence had a token for which there was no place."""
+        return self._pages.overflowed
+
+    def truncate(self, lengths: Sequence[int] | Int[Array, " B"]) -> "TensorKVCache":
+        """See `PagedKVCache.truncate`."""
+        return dataclasses.replace(self, lengths=self._pages.truncate(lengths).lengths)
 
     def with_lengths(self, lengths: Sequence[int]) -> "TensorKVCache":
         """Says how many tokens each sequence has; ValueError if they do not fit."""

@@ -12,25 +12,9 @@ from ..quant.rows import CODES, is_code
 from . import native
 from .native_attention import _programs as programs_of
 from .native_attention import split_band
+from .paged_problem import Batch, Pool, Rules
 
 FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
-
-
-class Pool(NamedTuple):
-    """Keys and values of all layers, in pages that sequences share out among them.
-
-    Attributes:
-        keys: ``(L, N, K, P, D)``: floats, or codes of one byte with scales.
-        values: ``(L, N, K, P, E)``, of the same type.
-        key_scales: What codes are to be multiplied with, for each token and kv head;
-            None for floats.
-        value_scales: Likewise.
-    """
-
-    keys: jax.Array
-    values: jax.Array
-    key_scales: Float[Array, "L N K P"] | None = None
-    value_scales: Float[Array, "L N K P"] | None = None
 
 
 def why_not(
@@ -59,41 +43,69 @@ def why_not(
     return native.why_missing()
 
 
-def run(batch: Any, rules: Any) -> tuple[jax.Array, Pool]:
-    """The output and the pool, which is updated in place if it was donated."""
+class Call(NamedTuple):
+    """The static half of a call; see ffi_paged.cc for the names."""
+
+    left: int
+    right: int
+    mask_code: tuple[int, ...]
+    mask_arrays: int
+    score_code: tuple[int, ...]
+    score_arrays: int
+
+    def attributes(self) -> dict[str, Any]:
+        return dict(
+            left=np.int64(self.left),
+            right=np.int64(self.right),
+            mask_code=np.array(self.mask_code, np.int32),
+            mask_arrays=np.int64(self.mask_arrays),
+            score_code=np.array(self.score_code, np.int32),
+            score_arrays=np.int64(self.score_arrays),
+        )
+
+
+Captured = tuple[jax.Array, list[jax.Array]]
+"""The scale, and the arrays of the mask's program and the score change's."""
+
+
+def prepare(rules: Rules) -> tuple[Call, Captured]:
+    """The call, and the arrays that its programs read."""
     left, right, _ = split_band(rules.mask_mod)
     mask, score = programs_of(rules.mask_mod, rules.score_mod)
+    counts = len(mask.arrays), len(score.arrays)
+    call = Call(left, right, mask.code, counts[0], score.code, counts[1])
+    return call, (jnp.asarray(rules.scale, jnp.float32), [*mask.arrays, *score.arrays])
+
+
+def run(
+    call: Call, captured: Captured, batch: Batch, sinks: Float[Array, " H"] | None
+) -> tuple[Float[Array, "R H E"], Float[Array, "R H"], Pool]:
+    """The output, the log-sum-exp and the pool, updated in place if it was donated."""
     pool = [x for x in batch.pool if x is not None]
     new = [] if batch.new is None else list(batch.new)
-    whole = (batch.table, batch.lengths, batch.row_offsets, batch.layer)
+    scale, arrays = captured
     operands = [
         batch.query,
         *new,
         *pool,
-        *(jnp.asarray(x, jnp.int32) for x in whole),
-        jnp.asarray(rules.scale, jnp.float32),
-        *mask.arrays,
-        *score.arrays,
+        *(jnp.asarray(x, jnp.int32) for x in batch.where),
+        scale,
+        jnp.zeros(0, jnp.float32) if sinks is None else sinks.astype(jnp.float32),
+        *arrays,
     ]
     shape = (*batch.query.shape[:2], batch.pool.values.shape[4])
-    results = [jax.ShapeDtypeStruct(shape, batch.query.dtype)]
+    results = [
+        jax.ShapeDtypeStruct(shape, batch.query.dtype),
+        jax.ShapeDtypeStruct(shape[:2], jnp.float32),
+    ]
     aliases = {}
     if new:
         results += [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in pool]
-        aliases = {1 + len(new) + i: 1 + i for i in range(len(pool))}
-    out, *after = jax.ffi.ffi_call(
+        aliases = {1 + len(new) + i: 2 + i for i in range(len(pool))}
+    out, lse, *after = jax.ffi.ffi_call(
         "raptax_paged",
         results,
         vmap_method="sequential",
         input_output_aliases=aliases,
-    )(
-        *operands,
-        append=bool(new),
-        left=np.int64(left),
-        right=np.int64(right),
-        mask_code=np.array(mask.code, np.int32),
-        mask_arrays=np.int64(len(mask.arrays)),
-        score_code=np.array(score.code, np.int32),
-        score_arrays=np.int64(len(score.arrays)),
-    )
-    return out, Pool(*after) if new else batch.pool
+    )(*operands, append=bool(new), **call.attributes())
+    return out, lse, Pool(*after) if new else batch.pool

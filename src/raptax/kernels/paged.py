@@ -1,17 +1,31 @@
 """Attention over keys and values that lie in pages, for ragged batches.
 
 A pool holds pages of ``P`` tokens for every layer; ``table[b, m]`` names the page with
-tokens ``m * P`` to ``m * P + P - 1`` of sequence ``b``. New rows of all sequences come
-one after another, ``row_offsets`` apart: prefill chunks and single decode steps mix
-freely. Kwon et al. 2023, arXiv:2309.06180.
+tokens ``m * P`` to ``m * P + P - 1`` of sequence ``b``, or none: -1, or any number
+outside the pool. New rows of all sequences come one after another, ``row_offsets``
+apart: prefill chunks and single decode steps mix freely. Kwon et al. 2023,
+arXiv:2309.06180.
 
 One function appends and attends, because XLA updates the pool in place only if nothing
-reads the old one afterwards. Rows that belong to no sequence are dropped: no page is set
-aside for rubbish, so none can be read.
+reads the old one afterwards. Writes without a place are dropped (scatter mode "drop"):
+there is no scratch page that a later read could see.
 
-Two kernels do it: ``"native"``, in C++ on CPUs, and ``"jax"``, below. They differ by
-rounding, and in what cannot be raised inside jit: the native kernel raises for a table
-entry that is needed but names no page, where this one drops what it cannot write or read.
+Two kernels do it: ``"native"``, in C++ on CPUs, and ``"jax"``. They differ by rounding.
+What cannot be done is refused by both where the table, the lengths, the offsets and the
+layer are known: a sequence longer than its table, a row whose page is not in the pool, a
+page that is not there although the mask lets a row see it. Inside jit the native kernel
+raises when it runs, before it touches any memory. Plain JAX cannot raise there:
+
+* a row without a place (no page for its own token, a position beyond the table, a layer
+  that does not exist) is padding: not written, 0, with a log-sum-exp of -inf;
+* keys in a page that is not there are masked.
+
+A page may be missing where the mask lets no row see it, as behind a sliding window.
+
+Derivatives of both kernels are those of `paged_gradient`: first and higher, forward and
+reverse. They reach the query, new keys and values, pages of floats, an array scale, the
+sinks, and all arrays of floats that the score_mod carries or captures. Numbers stored as
+codes are constants.
 """
 
 import functools
@@ -22,17 +36,20 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from .._errors import Unsupported, choices
-from .._types import MaskMod, ScoreMod, position_indices
-from ..mods import apply_mask, apply_score, as_mod, with_scale
-from ..quant.rows import dequantise, quantise
-from . import native_paged
-from .native_paged import Pool as Pool
-from .softmax import Running, accumulator, finite, poison
-from .tiles import if_any, times_keys, times_values
+from .._errors import Unsupported, check_sinks, choices
+from .._types import MaskMod, ScoreMod
+from ..mods import as_mod
+from . import native_paged, paged_checks, paged_gradient, paged_jax
+from .paged_problem import Batch, Rules, Where
+from .paged_problem import Pool as Pool
+from .paged_problem import places as places
+from .softmax import accumulator
+from .tiles import Fixed, Problem
 
 KERNELS = ("native", "jax")  # best first
-MAX_ROWS = 64  # query rows of one sequence that share a pass over its pages
+
+Attended = Any
+"""The output ``(R, H, E)``, or with ``return_lse`` the pair of it and the log-sum-exp."""
 
 
 def append_and_attend(
@@ -48,28 +65,34 @@ def append_and_attend(
     mask_mod: MaskMod | None,
     score_mod: ScoreMod | None = None,
     scale: float | Float[Array, ""] | None = None,
+    sinks: Float[Array, " H"] | None = None,
+    return_lse: bool = False,
     kernel: str | None = None,
-) -> tuple[Float[Array, "R H E"], Pool]:
+) -> tuple[Attended, Pool]:
     """Writes new keys and values after each sequence's last, then attends to all.
 
     Row ``r`` of sequence ``b`` stands at ``lengths[b] + r - row_offsets[b]`` and sees
     the keys up to the sequence's last new one that ``mask_mod`` allows. Donate the
     pool to have it updated in place. A ``kernel`` of `KERNELS` may be named.
 
+    ``sinks`` and ``return_lse`` are as in `AttentionFn`; the log-sum-exp is ``(R, H)``,
+    -inf in padding rows.
+
     Returns:
         The attended values, zeros in rows from ``row_offsets[B]`` on, and the pool.
 
     Raises:
-        ValueError: No kernel has this name.
+        ValueError: No kernel has this name, or sinks are not one for each head.
         Unsupported: The kernel named cannot do what is asked.
-        jax.errors.JaxRuntimeError, ValueError: From the native kernel, before it touches
-            any memory: a sequence is longer than its pages, or a page it needs is not
-            in the pool.
+        jax.errors.JaxRuntimeError, ValueError: A sequence is longer than its pages, or a
+            page it needs is not in the pool. Inside jit from the native kernel only,
+            when it runs; the module says what the other one does.
     """
-    if not query.size or not table.size:
-        return _nothing(query, pool), pool
-    batch = _Batch(query, (key, value), pool, table, lengths, row_offsets, layer)
-    return _run(batch, _Rules.create(query, mask_mod, score_mod, scale), kernel)
+    where = Where(table, lengths, row_offsets, layer)
+    batch = Batch(query, (key, value), pool, where)
+    rules = Rules.create(query, mask_mod, score_mod, scale, sinks)
+    out, lse, pool = _run(batch, rules, kernel)
+    return ((out, lse) if return_lse else out), pool
 
 
 def attend(
@@ -83,16 +106,18 @@ def attend(
     mask_mod: MaskMod | None,
     score_mod: ScoreMod | None = None,
     scale: float | Float[Array, ""] | None = None,
+    sinks: Float[Array, " H"] | None = None,
+    return_lse: bool = False,
     kernel: str | None = None,
-) -> Float[Array, "R H E"]:
+) -> Attended:
     """Attends to what the pages hold; ``lengths`` counts the keys of each sequence.
 
     The last row of a sequence stands at its last key. Otherwise as `append_and_attend`.
     """
-    if not query.size or not table.size:
-        return _nothing(query, pool)
-    batch = _Batch(query, None, pool, table, lengths, row_offsets, layer)
-    return _run(batch, _Rules.create(query, mask_mod, score_mod, scale), kernel)[0]
+    where = Where(table, lengths, row_offsets, layer)
+    rules = Rules.create(query, mask_mod, score_mod, scale, sinks)
+    out, lse, _ = _run(Batch(query, None, pool, where), rules, kernel)
+    return (out, lse) if return_lse else out
 
 
 def why_not_native(
@@ -104,84 +129,6 @@ def why_not_native(
 ) -> str | None:
     """Why the C++ kernel cannot do this, in one sentence; None if it can."""
     return native_paged.why_not(query, pool, as_mod(mask_mod), as_mod(score_mod))
-
-
-def _nothing(query: jax.Array, pool: Pool) -> jax.Array:
-    return jnp.zeros((*query.shape[:2], pool.values.shape[4]), query.dtype)
-
-
-class _Batch(NamedTuple):
-    """The arrays of one call. ``new`` holds keys and values to append, or is None."""
-
-    query: jax.Array
-    new: tuple[jax.Array, jax.Array] | None
-    pool: Pool
-    table: jax.Array
-    lengths: jax.Array
-    row_offsets: jax.Array
-    layer: int | jax.Array
-
-
-class _Rules(NamedTuple):
-    """What happens to a score. The scale may be an array."""
-
-    mask_mod: Any
-    score_mod: Any
-    scale: float | jax.Array
-
-    @classmethod
-    def create(cls, query, mask_mod, score_mod, scale) -> "_Rules":
-        if scale is None:
-            scale = query.shape[-1] ** -0.5
-        return cls(as_mod(mask_mod), as_mod(score_mod), scale)
-
-
-def _run(batch: _Batch, rules: _Rules, kernel: str | None) -> tuple[jax.Array, Pool]:
-    """The first kernel that can, or the one named."""
-    if kernel not in (None, *KERNELS):
-        raise ValueError(f"kernel={kernel!r} is not one of {choices(KERNELS)}.")
-    if kernel == "jax":
-        return _run_jax(batch, rules)
-    reason = native_paged.why_not(
-        batch.query, batch.pool, rules.mask_mod, rules.score_mod, batch.new
-    )
-    if reason is None:
-        return _run_native(batch, rules)
-    if kernel is not None:
-        raise Unsupported(f"kernel={kernel!r} cannot run this: {reason}.")
-    return _run_jax(batch, rules)
-
-
-@jax.custom_jvp
-def _native(batch: _Batch, rules: _Rules) -> tuple[jax.Array, Pool]:
-    return native_paged.run(batch, rules)
-
-
-@_native.defjvp
-def _native_jvp(primals, tangents):
-    return jax.jvp(_run_jax, primals, tangents)
-
-
-_run_native = jax.jit(_native)
-
-
-def _run_jax(batch: _Batch, rules: _Rules) -> tuple[jax.Array, Pool]:
-    pool, lengths = batch.pool, batch.lengths
-    if batch.new is not None:
-        pool = append(
-            pool,
-            *batch.new,
-            table=batch.table,
-            lengths=lengths,
-            row_offsets=batch.row_offsets,
-            layer=batch.layer,
-        )
-        lengths = lengths + batch.row_offsets[1:] - batch.row_offsets[:-1]
-    scale, score_mod = with_scale(rules.scale, rules.score_mod)
-    work = _Work(
-        batch.query, pool, batch.table, lengths, batch.row_offsets, batch.layer
-    )
-    return _attend(work, rules.mask_mod, score_mod, scale=scale), pool
 
 
 def append(
@@ -196,147 +143,129 @@ def append(
 ) -> Pool:
     """Writes each row of ``key`` and ``value`` at its place, in plain JAX.
 
-    Rows that have no place, because no sequence owns them or its table names no page
-    for them, are dropped.
+    Raises:
+        ValueError: A row has no place, and all numbers are known. Inside jit such rows
+            are dropped.
     """
     if not key.size or not table.size:
         return pool
-    return _append(pool, key, value, table, lengths, row_offsets, layer)
+    batch = Batch(key, (key, value), pool, Where(table, lengths, row_offsets, layer))
+    paged_checks.check_places(batch)
+    return jax.jit(paged_jax.append)(batch)
 
 
-@jax.jit
-def _append(pool, key, value, table, lengths, row_offsets, layer):
-    N, P, M = pool.keys.shape[1], pool.keys.shape[3], table.shape[1]
-    sequence, position, real = places(key.shape[0], lengths, row_offsets)
-    page = table[sequence, jnp.minimum(position // P, M - 1)]
-    real &= (position < M * P) & (page >= 0)
-    page = jnp.where(real, page, N)  # out of bounds, which mode="drop" skips
-
-    def put(pages: jax.Array, rows: jax.Array) -> jax.Array:
-        at = pages.at[layer, page, :, position % P]
-        return at.set(rows.astype(pages.dtype), mode="drop")
-
-    if pool.key_scales is None:
-        return Pool(put(pool.keys, key), put(pool.values, value))
-    (key, key_scales), (value, value_scales) = (
-        quantise(x, pool.keys.dtype) for x in (key, value)
-    )
-    rows = key, value, key_scales, value_scales
-    return Pool(*map(put, pool, rows))
-
-
-def places(rows: int, lengths: jax.Array, row_offsets: jax.Array):
-    """For each row its sequence, its absolute position, and whether it is real."""
-    row = jnp.arange(rows, dtype=jnp.int32)
-    sequence = jnp.searchsorted(row_offsets[1:], row, side="right").astype(jnp.int32)
-    real = sequence < lengths.shape[0]
-    sequence = jnp.minimum(sequence, lengths.shape[0] - 1)
-    return sequence, lengths[sequence] + row - row_offsets[sequence], real
+def _run(
+    batch: Batch, rules: Rules, kernel: str | None
+) -> tuple[jax.Array, jax.Array, Pool]:
+    """By the first kernel that can, or the one named."""
+    if kernel not in (None, *KERNELS):
+        raise ValueError(f"kernel={kernel!r} is not one of {choices(KERNELS)}.")
+    check_sinks(rules.sinks, batch.query.shape[1])
+    if not batch.query.size or not batch.where.table.size:
+        return _nothing(batch, rules)
+    reason = None
+    if kernel != "jax":
+        reason = native_paged.why_not(
+            batch.query, batch.pool, rules.mask_mod, rules.score_mod, batch.new
+        )
+    if kernel == "native" and reason is not None:
+        raise Unsupported(f"kernel={kernel!r} cannot run this: {reason}.")
+    native = kernel != "jax" and reason is None
+    if not native:
+        paged_checks.check(batch, rules)
+    scale = rules.scale
+    if isinstance(scale, int | float):
+        return _compute(batch, rules._replace(scale=0.0), native, float(scale))
+    return _compute(batch, rules, native, None)
 
 
-@functools.partial(jax.jit, static_argnames="scale")
-def _attend(work: "_Work", mask_mod, score_mod, *, scale):
-    rules, query = _Rules(mask_mod, score_mod, scale), work.query
-    _, done = lax.scan(lambda _, n: (None, _task(work, rules, n)), None, work.tasks)
-    # done (tasks, rows, H, E): back to one row after another
-    R, rows = query.shape[0], work.rows
-    sequence, _, real = places(R, work.lengths, work.row_offsets)
-    row = jnp.arange(R, dtype=jnp.int32) - work.row_offsets[sequence]
-    task = work.first_task(sequence) + row // rows
-    out = done[jnp.clip(task, 0, done.shape[0] - 1), row % rows]
-    return jnp.where(real[:, None, None], out, 0)
+def _nothing(batch: Batch, rules: Rules) -> tuple[jax.Array, jax.Array, Pool]:
+    """No rows, no sequences or no pages: every row is padding or sees no key."""
+    query, offsets = batch.query, batch.where.row_offsets
+    out = jnp.zeros((*query.shape[:2], batch.pool.values.shape[4]), query.dtype)
+    lse = jnp.full(query.shape[:2], -jnp.inf, accumulator(query.dtype))
+    if rules.sinks is not None and batch.new is None:
+        real = jnp.arange(query.shape[0], dtype=jnp.int32) < offsets[-1]
+        lse = jnp.where(real[:, None], rules.sinks.astype(lse.dtype)[None], lse)
+    return out, lse, batch.pool
 
 
-class _Work(NamedTuple):
-    """A ragged batch cut into tasks, each some rows of one sequence, in order."""
+class _Static(NamedTuple):
+    """The static half of a call: one of the two kernels, and the derivatives."""
+
+    native: native_paged.Call | None
+    plain: paged_jax.Call | None
+    gradient: Problem
+
+
+class _Constants(NamedTuple):
+    """The arrays that derivatives do not reach."""
+
+    where: Where
+    captured: Any  # what the kernel's mods carry or capture
+    gradient: Fixed
+
+
+class _Moved(NamedTuple):
+    """The arrays that derivatives reach. The kernels themselves read no ``learned``."""
 
     query: jax.Array
+    new: tuple[jax.Array, jax.Array] | None
     pool: Pool
-    table: jax.Array
-    lengths: jax.Array
-    row_offsets: jax.Array
-    layer: int | jax.Array
+    sinks: jax.Array | None
+    learned: list[jax.Array]
 
-    @property
-    def counts(self) -> jax.Array:
-        """New rows of each sequence."""
-        return self.row_offsets[1:] - self.row_offsets[:-1]
-
-    @property
-    def rows(self) -> int:
-        """Rows of a task: 1 in decode, so that nothing is wasted, else a power of 2."""
-        mean = max(1, self.query.shape[0] // self.table.shape[0])
-        return min(MAX_ROWS, 1 << (mean - 1).bit_length())
-
-    @property
-    def tasks(self) -> jax.Array:
-        """Numbers of as many tasks as there can be; some may find no rows."""
-        (R, *_), (B, _) = self.query.shape, self.table.shape
-        return jnp.arange(min(R, R // self.rows + B), dtype=jnp.int32)
-
-    @property
-    def ends(self) -> jax.Array:
-        """For each sequence, the number of tasks up to and with its own."""
-        return jnp.cumsum(-(-self.counts // self.rows))
-
-    def first_task(self, sequence: jax.Array) -> jax.Array:
-        return self.ends[sequence] - -(-self.counts[sequence] // self.rows)
-
-    def page(self, number: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Keys and values of one page, ``(1, K, P, D)``."""
-
-        def cut(pages: jax.Array) -> jax.Array:
-            start = self.layer, number, *(0 for _ in pages.shape[2:])
-            return lax.dynamic_slice(pages, start, (1, 1, *pages.shape[2:]))[0]
-
-        k, v = cut(self.pool.keys), cut(self.pool.values)
-        k_scales, v_scales = self.pool.key_scales, self.pool.value_scales
-        if k_scales is not None and v_scales is not None:
-            k, v = dequantise(k, cut(k_scales)), dequantise(v, cut(v_scales))
-        return k.astype(self.query.dtype), v.astype(self.query.dtype)
+    def batch(self, where: Where) -> Batch:
+        return Batch(self.query, self.new, self.pool, where)
 
 
-def _task(work: _Work, rules: _Rules, number: jax.Array) -> jax.Array:
-    """The output of one task's rows: (rows, H, E).
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _compute(batch: Batch, rules: Rules, native: bool, scale: float | None):
+    if scale is not None:
+        rules = rules._replace(scale=scale)
+    call: Any = None
+    plain: Any = None
+    captured: Any
+    if native:
+        call, captured = native_paged.prepare(rules)
+    else:
+        plain, captured = paged_jax.prepare(batch, rules)
+    problem, fixed, learned = paged_gradient.prepare(batch, rules)
+    # Derivatives reach the mods' arrays by `learned` alone.
+    constants = _Constants(batch.where, lax.stop_gradient(captured), fixed)
+    moved = _Moved(batch.query, batch.new, batch.pool, rules.sinks, learned)
+    out, lse, after = _attend(_Static(call, plain, problem), constants, moved)
+    return out, lse, batch.pool if after is None else after
 
-    Pages past the sequence's length are not read, and those its mask empties are not
-    multiplied.
-    """
-    R, H, _ = work.query.shape
-    M, (P, E) = work.table.shape[1], work.pool.values.shape[3:]
-    b = jnp.searchsorted(work.ends, number, side="right").astype(jnp.int32)
-    exists = b < work.table.shape[0]
-    b = jnp.minimum(b, work.table.shape[0] - 1)
-    row = (number - work.first_task(b)) * work.rows  # within the sequence
-    row += jnp.arange(work.rows, dtype=jnp.int32)
-    q = work.query[jnp.clip(work.row_offsets[b] + row, 0, R - 1)]
-    q = q.swapaxes(0, 1)[None]  # (1, H, rows, D)
-    q_idx = work.lengths[b] - work.counts[b] + row
-    dtype = accumulator(q.dtype)
 
-    def one_page(m, state):
-        page = work.table[b, m]
-        kv_idx = m * P + jnp.arange(P, dtype=jnp.int32)
-        at = position_indices(1, H, q_idx[None], kv_idx)
-        at = b.reshape(1, 1, 1, 1), *at[1:]
-        allowed = (at[3] < work.lengths[b]) & (page >= 0)
-        allowed &= page < work.pool.keys.shape[1]
-        if rules.mask_mod is not None:
-            allowed &= apply_mask(rules.mask_mod, *at)
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _attend(static: _Static, constants: _Constants, moved: _Moved):
+    """``(out, lse, pool)``; None for a pool to which nothing was appended."""
+    batch = moved.batch(constants.where)
+    if static.native is not None:
+        out, lse, pool = native_paged.run(
+            static.native, constants.captured, batch, moved.sinks
+        )
+    else:
+        assert static.plain is not None
+        out, lse, pool = paged_jax.run(
+            static.plain, constants.captured, batch, moved.sinks
+        )
+    return out, lse, None if batch.new is None else pool
 
-        def attend_page():
-            k, v = work.page(page)
-            nan = poison(k, dtype) + poison(v, dtype)
-            scores = times_keys(q, finite(k)) * rules.scale
-            scores += jnp.repeat(nan, H // nan.shape[1], axis=1)[:, :, None]
-            if rules.score_mod is not None:
-                scores = apply_score(rules.score_mod, scores, *at)
-            scores = jnp.where(allowed, scores, -jnp.inf)
-            return state.add(scores, lambda w: times_values(w, finite(v)))
 
-        return if_any(allowed, attend_page, state)
+@_attend.defjvp
+def _attend_jvp(static: _Static, primals, tangents):
+    constants, moved = primals
 
-    pages = jnp.where(exists, jnp.minimum(-(-work.lengths[b] // P), M), 0)
-    state = Running.empty(jnp.zeros_like(q, dtype, shape=(1, H, work.rows)), E)
-    out, _ = lax.fori_loop(0, pages, one_page, state).finish()
-    return out[0].swapaxes(0, 1).astype(q.dtype)
+    def run(moved: _Moved):
+        out, lse, pool = paged_gradient.run(
+            static.gradient,
+            constants.gradient,
+            moved.batch(constants.where),
+            moved.sinks,
+            moved.learned,
+        )
+        return out, lse, None if moved.new is None else pool
+
+    return jax.jvp(run, (moved,), (tangents[1],))
