@@ -44,7 +44,7 @@ bool is(const ffi::AnyBuffer& x, std::initializer_list<int64_t> shape) {
 // The operands, in the order in which they come; see native_paged.py.
 struct Operands {
   ffi::AnyBuffer query, key, value, k_pages, v_pages, k_scales, v_scales;
-  ffi::AnyBuffer table, lengths, row_offsets, layer, scale, sinks;
+  ffi::AnyBuffer table, lengths, row_offsets, layer, scale, band, sinks;
   size_t count;  // of these; the rest are arrays of programs
 };
 
@@ -64,24 +64,24 @@ ffi::ErrorOr<Operands> read(ffi::RemainingArgs args, bool append) {
   bool scales = there && stored_of(k_pages.element_type(), &stored) && quantised(stored);
   ffi::AnyBuffer k_scales = scales ? take() : k_pages, v_scales = scales ? take() : v_pages;
   ffi::AnyBuffer table = take(), lengths = take(), offsets = take(), layer = take(),
-                 scale = take(), sinks = take();
+                 scale = take(), band = take(), sinks = take();
   if (!there) return ffi::Unexpected(wrong("an operand is missing."));
-  return Operands{query,    key,   value,   k_pages, v_pages, k_scales,
-                  v_scales, table, lengths, offsets, layer,   scale,  sinks, next};
+  return Operands{query,    key,   value,   k_pages, v_pages, k_scales, v_scales, table,
+                  lengths,  offsets, layer, scale,   band,    sinks,    next};
 }
 
 ffi::Error check_axes(const Operands& x, const Paged& p, bool append) {
   bool fit = is(x.k_pages, {p.L, p.N, p.K, p.P, p.D}) &&
              is(x.v_pages, {p.L, p.N, p.K, p.P, p.E}) && is(x.table, {p.B, p.M}) &&
              is(x.lengths, {p.B}) && is(x.row_offsets, {p.B + 1}) && is(x.layer, {}) &&
-             is(x.scale, {}) && (is(x.sinks, {0}) || is(x.sinks, {p.H}));
+             is(x.scale, {}) && is(x.band, {2}) && (is(x.sinks, {0}) || is(x.sinks, {p.H}));
   if (append) fit = fit && is(x.key, {p.R, p.K, p.D}) && is(x.value, {p.R, p.K, p.E});
   if (quantised(p.stored)) {
     fit = fit && is(x.k_scales, {p.L, p.N, p.K, p.P}) && is(x.v_scales, {p.L, p.N, p.K, p.P});
     fit = fit && x.k_scales.element_type() == ffi::DataType::F32 &&
           x.v_scales.element_type() == ffi::DataType::F32;
   }
-  for (const ffi::AnyBuffer& whole : {x.table, x.lengths, x.row_offsets, x.layer}) {
+  for (const ffi::AnyBuffer& whole : {x.table, x.lengths, x.row_offsets, x.layer, x.band}) {
     fit = fit && whole.element_type() == ffi::DataType::S32;
   }
   fit = fit && x.scale.element_type() == ffi::DataType::F32 &&
@@ -125,6 +125,7 @@ ffi::Error fill(const Operands& x, bool append, Paged& p) {
   p.row_offsets = x.row_offsets.typed_data<int32_t>();
   p.layer = *x.layer.typed_data<int32_t>();
   p.scale = *x.scale.typed_data<float>();
+  p.band = band_of(x.band.typed_data<int32_t>());
   if (is(x.sinks, {p.H})) p.sinks = x.sinks.typed_data<float>();
   return ffi::Error::Success();
 }
@@ -156,15 +157,13 @@ ffi::Error check_results(ffi::RemainingRets rets, const Operands& x, bool append
 }
 
 ffi::Error paged(ffi::ThreadPool threads, ffi::RemainingArgs args, ffi::RemainingRets rets,
-                 bool append, int64_t left, int64_t right, Code mask_code,
-                 int64_t mask_arrays, Code score_code, int64_t score_arrays) {
+                 bool append, Code mask_code, int64_t mask_arrays, Code score_code, int64_t score_arrays) {
   const Kernels* kernels = chosen_kernels();
   if (kernels == nullptr) return wrong("RAPTAX_ISA names no instruction set of this machine.");
   ffi::ErrorOr<Operands> operands = read(args, append);
   if (operands.has_error()) return operands.error();
   Paged problem{};
   if (ffi::Error error = fill(*operands, append, problem); error.failure()) return error;
-  problem.band = {left, right};
   if (ffi::Error error = check_results(rets, *operands, append, problem); error.failure()) {
     return error;
   }
@@ -199,8 +198,6 @@ RAPTAX_HANDLER(raptax_paged, raptax::paged,
                    .RemainingArgs()
                    .RemainingRets()
                    .Attr<bool>("append")
-                   .Attr<int64_t>("left")
-                   .Attr<int64_t>("right")
                    .Attr<raptax::Code>("mask_code")
                    .Attr<int64_t>("mask_arrays")
                    .Attr<raptax::Code>("score_code")

@@ -24,6 +24,7 @@ from ._types import Attended, DropoutKey, MaskMod, ScoreMod, as_array
 from .block_mask import BlockMask
 from .kernels import KERNELS, Kernel, paged
 from .kernels.problem import traced_mods
+from .kernels.softmax import accumulator
 from .mods import (
     Causal,
     KeyLengths,
@@ -173,9 +174,14 @@ def _traced(
     query: jax.Array, key: jax.Array, problem: dict[str, Any]
 ) -> dict[str, Any]:
     """``problem`` with its functions traced, once for all kernels that are asked."""
-    start = problem.get("query_start")
-    mods = problem.get("mask_mod"), problem.get("score_mod")
-    mask_mod, score_mod = traced_mods(*mods, query, key.shape[2], start)
+    (B, H, T, _), S = query.shape, key.shape[2]
+    mask_mod, score_mod = traced_mods(
+        problem.get("mask_mod"),
+        problem.get("score_mod"),
+        (B, H, T, S),
+        accumulator(query.dtype),
+        problem.get("query_start"),
+    )
     return problem | dict(mask_mod=mask_mod, score_mod=score_mod)
 
 

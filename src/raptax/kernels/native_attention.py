@@ -52,9 +52,10 @@ def why_not_native(
         return f"it runs on CPUs; these arrays are on a {platform}"
     if query.dtype not in DTYPES:
         return f"it computes in float32; {query.dtype} asks for more"
-    start = problem.get("query_start")
     mods = problem.get("mask_mod"), problem.get("score_mod")
-    return why_not_mods(*traced_mods(*mods, query, key.shape[2], start))
+    (B, H, T, _), S = query.shape, key.shape[2]
+    start = problem.get("query_start")
+    return why_not_mods(*traced_mods(*mods, (B, H, T, S), jnp.float32, start))
 
 
 def why_not_mods(mask_mod: Any, score_mod: Any) -> str | None:
@@ -73,7 +74,7 @@ def why_not_mods(mask_mod: Any, score_mod: Any) -> str | None:
 @functools.lru_cache(maxsize=4096)
 def _why_not_written(structure: Any, like: Any, x64: bool) -> str | None:
     def write(leaves: Any) -> Any:
-        return _programs(*jax.tree.unflatten(structure, leaves))
+        return programs_of(*jax.tree.unflatten(structure, leaves))
 
     avals = [jax.ShapeDtypeStruct(s, d, weak_type=weak) for s, d, weak in like]
     try:
@@ -188,7 +189,7 @@ def band_operand(left: Limit, right: Limit) -> Int[Array, "2"]:
     return jnp.stack([jnp.asarray(n, jnp.int32).reshape(()) for n in (left, right)])
 
 
-def _programs(mask_mod: Any, score_mod: Any) -> tuple[ModProgram, ModProgram]:
+def programs_of(mask_mod: Any, score_mod: Any) -> tuple[ModProgram, ModProgram]:
     """What is left of the mask beside the band, and the score change, as programs.
 
     Raises:
@@ -294,7 +295,7 @@ def _prepare(
     elif rest is not None and Problem(Tile(*tile), (B, H, T, S)).many_tiles:
         kinds = tile_kinds(mask_mod, start, Grid(tile, (T, S)), B, H)
     programs = [
-        *_programs(mask_mod, score_mod),
+        *programs_of(mask_mod, score_mod),
         _slope(score_mod),
         _scaled(score_mod, params.scale, params.bias),
     ]

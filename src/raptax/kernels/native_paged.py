@@ -7,11 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from .._errors import Unsupported
 from ..quant.rows import CODES, is_code
 from . import native
-from .native_attention import _programs as programs_of
-from .native_attention import split_band
+from .native_attention import band_operand, programs_of, split_band, why_not_mods
 from .paged_problem import Batch, Pool, Rules
 
 FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
@@ -36,18 +34,12 @@ def why_not(
         return f"it knows no pages of {dtype}"
     if pool.values.dtype != dtype or (pool.key_scales is not None) != is_code(dtype):
         return "keys and values must be alike, and have scales just if they are codes"
-    try:
-        programs_of(mask_mod, score_mod)
-    except Unsupported as reason:
-        return str(reason)
-    return native.why_missing()
+    return why_not_mods(mask_mod, score_mod) or native.why_missing()
 
 
 class Call(NamedTuple):
     """The static half of a call; see ffi_paged.cc for the names."""
 
-    left: int
-    right: int
     mask_code: tuple[int, ...]
     mask_arrays: int
     score_code: tuple[int, ...]
@@ -55,8 +47,6 @@ class Call(NamedTuple):
 
     def attributes(self) -> dict[str, Any]:
         return dict(
-            left=np.int64(self.left),
-            right=np.int64(self.right),
             mask_code=np.array(self.mask_code, np.int32),
             mask_arrays=np.int64(self.mask_arrays),
             score_code=np.array(self.score_code, np.int32),
@@ -64,17 +54,17 @@ class Call(NamedTuple):
         )
 
 
-Captured = tuple[jax.Array, list[jax.Array]]
-"""The scale, and the arrays of the mask's program and the score change's."""
+Captured = tuple[jax.Array, jax.Array, list[jax.Array]]
+"""The scale, the band, and the arrays of the mask's program and the score_mod's."""
 
 
 def prepare(rules: Rules) -> tuple[Call, Captured]:
     """The call, and the arrays that its programs read."""
     left, right, _ = split_band(rules.mask_mod)
     mask, score = programs_of(rules.mask_mod, rules.score_mod)
-    counts = len(mask.arrays), len(score.arrays)
-    call = Call(left, right, mask.code, counts[0], score.code, counts[1])
-    return call, (jnp.asarray(rules.scale, jnp.float32), [*mask.arrays, *score.arrays])
+    call = Call(mask.code, len(mask.arrays), score.code, len(score.arrays))
+    scale = jnp.asarray(1.0 if rules.scale is None else rules.scale, jnp.float32)
+    return call, (scale, band_operand(left, right), [*mask.arrays, *score.arrays])
 
 
 def run(
@@ -83,13 +73,14 @@ def run(
     """The output, the log-sum-exp and the pool, updated in place if it was donated."""
     pool = [x for x in batch.pool if x is not None]
     new = [] if batch.new is None else list(batch.new)
-    scale, arrays = captured
+    scale, band, arrays = captured
     operands = [
         batch.query,
         *new,
         *pool,
         *(jnp.asarray(x, jnp.int32) for x in batch.where),
         scale,
+        band,
         jnp.zeros(0, jnp.float32) if sinks is None else sinks.astype(jnp.float32),
         *arrays,
     ]

@@ -38,11 +38,11 @@ from jaxtyping import Array, Float, Int
 
 from .._errors import Unsupported, check_sinks, choices
 from .._types import MaskMod, ScoreMod
-from ..mods import as_mod
 from . import native_paged, paged_checks, paged_gradient, paged_jax
 from .paged_problem import Batch, Rules, Where
 from .paged_problem import Pool as Pool
 from .paged_problem import places as places
+from .per_platform import per_platform
 from .softmax import accumulator
 from .tiles import Fixed, Problem
 
@@ -128,7 +128,8 @@ def why_not_native(
     score_mod: ScoreMod | None = None,
 ) -> str | None:
     """Why the C++ kernel cannot do this, in one sentence; None if it can."""
-    return native_paged.why_not(query, pool, as_mod(mask_mod), as_mod(score_mod))
+    rules = Rules.create(query, mask_mod, score_mod, None, None)
+    return native_paged.why_not(query, pool, rules.mask_mod, rules.score_mod)
 
 
 def append(
@@ -173,10 +174,7 @@ def _run(
     native = kernel != "jax" and reason is None
     if not native:
         paged_checks.check(batch, rules)
-    scale = rules.scale
-    if isinstance(scale, int | float):
-        return _compute(batch, rules._replace(scale=0.0), native, float(scale))
-    return _compute(batch, rules, native, None)
+    return _compute(batch, rules, native)
 
 
 def _nothing(batch: Batch, rules: Rules) -> tuple[jax.Array, jax.Array, Pool]:
@@ -191,10 +189,10 @@ def _nothing(batch: Batch, rules: Rules) -> tuple[jax.Array, jax.Array, Pool]:
 
 
 class _Static(NamedTuple):
-    """The static half of a call: one of the two kernels, and the derivatives."""
+    """The static half of a call: C++ or None, plain JAX, and the derivatives."""
 
     native: native_paged.Call | None
-    plain: paged_jax.Call | None
+    plain: paged_jax.Call
     gradient: Problem
 
 
@@ -202,7 +200,7 @@ class _Constants(NamedTuple):
     """The arrays that derivatives do not reach."""
 
     where: Where
-    captured: Any  # what the kernel's mods carry or capture
+    captured: Any  # what the mods carry or capture, for C++ and for plain JAX
     gradient: Fixed
 
 
@@ -219,17 +217,14 @@ class _Moved(NamedTuple):
         return Batch(self.query, self.new, self.pool, where)
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def _compute(batch: Batch, rules: Rules, native: bool, scale: float | None):
-    if scale is not None:
-        rules = rules._replace(scale=scale)
+@functools.partial(jax.jit, static_argnums=2)
+def _compute(batch: Batch, rules: Rules, native: bool):
     call: Any = None
-    plain: Any = None
-    captured: Any
+    in_c: Any = None
     if native:
-        call, captured = native_paged.prepare(rules)
-    else:
-        plain, captured = paged_jax.prepare(batch, rules)
+        call, in_c = native_paged.prepare(rules)
+    plain, in_jax = paged_jax.prepare(batch, rules)
+    captured = in_c, in_jax
     problem, fixed, learned = paged_gradient.prepare(batch, rules)
     # Derivatives reach the mods' arrays by `learned` alone.
     constants = _Constants(batch.where, lax.stop_gradient(captured), fixed)
@@ -241,16 +236,23 @@ def _compute(batch: Batch, rules: Rules, native: bool, scale: float | None):
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _attend(static: _Static, constants: _Constants, moved: _Moved):
     """``(out, lse, pool)``; None for a pool to which nothing was appended."""
-    batch = moved.batch(constants.where)
-    if static.native is not None:
-        out, lse, pool = native_paged.run(
-            static.native, constants.captured, batch, moved.sinks
-        )
-    else:
-        assert static.plain is not None
-        out, lse, pool = paged_jax.run(
-            static.plain, constants.captured, batch, moved.sinks
-        )
+    in_c, in_jax = constants.captured
+    plain = functools.partial(_run_plain, static.plain)
+    if static.native is None:
+        return plain(in_c, in_jax, constants.where, moved)
+    native = functools.partial(_run_native, static.native)
+    return per_platform(native, plain, in_c, in_jax, constants.where, moved)
+
+
+def _run_native(call: native_paged.Call, in_c, in_jax, where: Where, moved: _Moved):
+    batch = moved.batch(where)
+    out, lse, pool = native_paged.run(call, in_c, batch, moved.sinks)
+    return out, lse, None if batch.new is None else pool
+
+
+def _run_plain(call: paged_jax.Call, in_c, in_jax, where: Where, moved: _Moved):
+    batch = moved.batch(where)
+    out, lse, pool = paged_jax.run(call, in_jax, batch, moved.sinks)
     return out, lse, None if batch.new is None else pool
 
 

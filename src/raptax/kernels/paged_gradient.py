@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from .._manual_axes import same_manual_axes
 from ..block_mask import EMPTY, PARTIAL
-from ..mods import apply_mask, apply_score, with_scale
+from ..mods import apply_mask, apply_score
 from ..quant.rows import dequantise
 from . import blockwise
 from .paged_jax import append
@@ -30,8 +31,9 @@ def prepare(batch: Batch, rules: Rules) -> tuple[Problem, Fixed, Learned]:
     """The static half, the arrays without derivatives, and those of the score change."""
     (R, H, _), (B, M) = batch.query.shape, batch.where.table.shape
     shape = 1, H, R, B * M * batch.pool.keys.shape[3]
-    scale, score_mod = with_scale(rules.scale, rules.score_mod)
-    problem = Problem(tile_sizes(*shape), shape, scale)
+    score_mod, dtype = rules.score_mod, accumulator(batch.query.dtype)
+    scale = None if rules.scale is None else jnp.asarray(rules.scale).astype(dtype)
+    problem = Problem(tile_sizes(*shape), shape)
     start = jnp.zeros(1, jnp.int32)
     at = problem.indices(start, 0, 0)
     rows = Row.of(batch)
@@ -40,14 +42,14 @@ def prepare(batch: Batch, rules: Rules) -> tuple[Problem, Fixed, Learned]:
     problem = problem._replace(allow=allow)
     arrays: list[jax.Array] = []
     if score_mod is not None:
-        scores = jnp.zeros((1, H, *problem.tile), accumulator(batch.query.dtype))
+        scores = jnp.zeros((1, H, *problem.tile), dtype)
         change = functools.partial(_change, batch, rows, score_mod)
         run, arrays = lift(change, scores, *at)
         is_float = tuple(jnp.issubdtype(x.dtype, jnp.inexact) for x in arrays)
         problem = problem._replace(change=run, learned=is_float)
     learned = [x for x in arrays if jnp.issubdtype(x.dtype, jnp.inexact)]
     others = [x for x in arrays if not jnp.issubdtype(x.dtype, jnp.inexact)]
-    return problem, Fixed(start, None, allow_arrays, others, None, None), learned
+    return problem, Fixed(start, None, allow_arrays, others, None, None, scale), learned
 
 
 def _allow(batch: Batch, rows: Row, mask_mod: Any, *at: jax.Array) -> jax.Array:
@@ -105,7 +107,7 @@ def run(
     fixed = fixed._replace(plan=_plan(batch, rows, problem))
     key, value = (_slots(batch, *x) for x in zip(pool[:2], pool[2:], strict=True))
     inputs = Inputs(batch.query.swapaxes(0, 1)[None], key, value, None, sinks, learned)
-    fixed, inputs = blockwise._same_manual_axes((fixed, inputs))
+    fixed, inputs = same_manual_axes((fixed, inputs))
     out, lse = (x[0].swapaxes(0, 1) for x in blockwise._attend(problem, fixed, inputs))
     # A row that nobody owns has a sink, too, until here.
     return out, jnp.where(rows.real[:, None], lse, -jnp.inf), pool

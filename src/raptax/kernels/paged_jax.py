@@ -14,7 +14,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from .._types import position_indices
-from ..mods import apply_mask, apply_score, with_scale
+from ..mods import apply_mask, apply_score
 from ..quant.rows import dequantise, quantise
 from .paged_problem import Batch, Pool, Row, Rules, Where
 from .softmax import Running, accumulator, finite, poison
@@ -48,33 +48,34 @@ def append(batch: Batch) -> Pool:
 class Call(NamedTuple):
     """The static half of a call. Mods take the arrays that they carry or capture."""
 
-    scale: float
     allow: Callable[..., jax.Array] | None
     change: Callable[..., jax.Array] | None
 
 
-Captured = tuple[list[jax.Array], list[jax.Array]]
-"""The arrays of the mask and of the score change."""
+Captured = tuple[list[jax.Array], list[jax.Array], jax.Array | None]
+"""The arrays of the mask and of the score_mod, and the scale."""
 
 
 def prepare(batch: Batch, rules: Rules) -> tuple[Call, Captured]:
     """The call, and the arrays that its mods carry or capture."""
     H, P = batch.query.shape[1], batch.pool.keys.shape[3]
-    scale, score_mod = with_scale(rules.scale, rules.score_mod)
+    dtype = accumulator(batch.query.dtype)
+    scale = None if rules.scale is None else jnp.asarray(rules.scale).astype(dtype)
     rows, allow, change = _rows_of_task(batch), None, None
     _, h_idx, q_idx, kv_idx = position_indices(
         1, H, jnp.zeros((1, rows), jnp.int32), jnp.zeros(P, jnp.int32)
     )
     at = jnp.zeros((1, 1, 1, 1), jnp.int32), h_idx, q_idx, kv_idx
-    captured: Captured = ([], [])
+    captured: Captured = ([], [], scale)
     if rules.mask_mod is not None:
         allow, arrays = lift(functools.partial(apply_mask, rules.mask_mod), *at)
         captured[0].extend(arrays)
-    if score_mod is not None:
-        scores = jnp.zeros((1, H, rows, P), accumulator(batch.query.dtype))
-        change, arrays = lift(functools.partial(apply_score, score_mod), scores, *at)
+    if rules.score_mod is not None:
+        scores = jnp.zeros((1, H, rows, P), dtype)
+        apply = functools.partial(apply_score, rules.score_mod)
+        change, arrays = lift(apply, scores, *at)
         captured[1].extend(arrays)
-    return Call(scale, allow, change), captured
+    return Call(allow, change), captured
 
 
 def run(
@@ -164,7 +165,7 @@ def _task(work: _Work, number: jax.Array) -> tuple[jax.Array, jax.Array]:
     q = query[jnp.clip(work.where.row_offsets[b] + row, 0, R - 1)]
     q = q.swapaxes(0, 1)[None]  # (1, H, rows, D)
     q_idx = work.lengths[b] - work.where.counts[b] + row
-    call, (allow_arrays, change_arrays) = work.call, work.captured
+    call, (allow_arrays, change_arrays, scale) = work.call, work.captured
     dtype = accumulator(q.dtype)
 
     def one_page(m, state):
@@ -180,7 +181,9 @@ def _task(work: _Work, number: jax.Array) -> tuple[jax.Array, jax.Array]:
         def attend_page():
             k, v = work.page(page)
             nan = poison(k, dtype) + poison(v, dtype)
-            scores = times_keys(q, finite(k)) * call.scale
+            scores = times_keys(q, finite(k))
+            if scale is not None:
+                scores = scores * scale
             scores += jnp.repeat(nan, H // nan.shape[1], axis=1)[:, :, None]
             if call.change is not None:
                 scores = call.change(change_arrays, scores, *at)

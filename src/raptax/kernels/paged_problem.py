@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from ..mods import as_mod
+from ..mods import with_scale
+from .problem import traced_mods
+from .softmax import accumulator
 
 
 class Pool(NamedTuple):
@@ -56,18 +58,21 @@ class Batch(NamedTuple):
 
 
 class Rules(NamedTuple):
-    """What happens to a score. The scale may be an array."""
+    """What happens to a score; an array scale is the first part of ``score_mod``."""
 
     mask_mod: Any
     score_mod: Any
-    scale: float | jax.Array
+    scale: float | None
     sinks: Float[Array, " H"] | None
 
     @classmethod
     def create(cls, query, mask_mod, score_mod, scale, sinks) -> "Rules":
-        if scale is None:
-            scale = query.shape[-1] ** -0.5
-        return cls(as_mod(mask_mod), as_mod(score_mod), scale, sinks)
+        """The rules, with plain functions traced as they are now."""
+        R, H, D = query.shape
+        shape, dtype = (1, H, R, 1), accumulator(query.dtype)
+        mask_mod, score_mod = traced_mods(mask_mod, score_mod, shape, dtype)
+        scale, score_mod = with_scale(D**-0.5 if scale is None else scale, score_mod)
+        return cls(mask_mod, score_mod, scale, sinks)
 
 
 def places(rows: int, lengths: jax.Array, row_offsets: jax.Array):

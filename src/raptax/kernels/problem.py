@@ -66,7 +66,9 @@ class AttentionParams:
         check_bias(bias, (B, H, T, S))
         check_sinks(sinks, H)
         start = first_position(mask_mod, query_start, (B, H, T, S))
-        mask_mod, score_mod = traced_mods(mask_mod, score_mod, query, S, start)
+        mask_mod, score_mod = traced_mods(
+            mask_mod, score_mod, (B, H, T, S), accumulator(query.dtype), start
+        )
         scale, score_mod = with_scale(D**-0.5 if scale is None else scale, score_mod)
         leaves = jax.tree.leaves(score_mod)
         return cls(
@@ -92,19 +94,22 @@ def named(out: jax.Array, lse: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def traced_mods(
-    mask_mod: Any, score_mod: Any, query: jax.Array, keys: int, start: Any
+    mask_mod: Any,
+    score_mod: Any,
+    shape: tuple[int, int, int, int],
+    dtype: Any,
+    start: Any = None,
 ) -> tuple[Any, ScoreMod | None]:
-    """Both mods as values, their functions traced for scores of this shape."""
-    B, H, T, _ = query.shape
-    shape = lambda *n: jax.ShapeDtypeStruct(n, jnp.int32)
+    """Both mods as values, their functions traced for scores of this shape and dtype.
+
+    ``start`` is the position of the first query, one or one for each sequence.
+    """
+    B, H, T, S = shape
+    indices = lambda *n: jax.ShapeDtypeStruct(n, jnp.int32)
     rows = 1 if start is None or jnp.size(start) == 1 else B
-    at = (
-        shape(B, 1, 1, 1),
-        shape(1, H, 1, 1),
-        shape(rows, 1, T, 1),
-        shape(1, 1, 1, keys),
-    )
-    scores = jax.ShapeDtypeStruct((B, H, T, keys), accumulator(query.dtype))
+    q_idx, kv_idx = indices(rows, 1, T, 1), indices(1, 1, 1, S)
+    at = indices(B, 1, 1, 1), indices(1, H, 1, 1), q_idx, kv_idx
+    scores = jax.ShapeDtypeStruct(shape, dtype)
     return (
         trace_functions(as_mod(mask_mod), *at),
         trace_functions(as_mod(score_mod), scores, *at),

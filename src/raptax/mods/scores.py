@@ -106,16 +106,16 @@ class Temperature(Mod):
 
 def with_scale(
     scale: float | Float[Array, ""], score_mod: ScoreMod | None
-) -> tuple[float, ScoreMod | None]:
-    """``(scale, score_mod)`` where the scale is a number.
+) -> tuple[float | None, ScoreMod | None]:
+    """``(scale, score_mod)`` where the scale is a number, or None for 1.
 
-    An array scale, which may be traced and may want a gradient, becomes the first score
-    change, so that kernels know one kind of scale.
+    An array scale, which may be traced and may want a gradient, becomes the first part of
+    the score_mod, so that kernels know one kind of scale.
     """
     check_scale(scale)
     if isinstance(scale, int | float | np.generic):
         return float(scale), as_mod(score_mod)
-    return 1.0, compose_score_mods(Temperature(jnp.asarray(scale)), score_mod)
+    return None, compose_score_mods(Temperature(jnp.asarray(scale)), score_mod)
 
 
 @pytree
