@@ -20,6 +20,7 @@ from raptax.rope import (
     RotaryEmbedding,
 )
 from raptax.rope.table import RotaryTable
+from tests.maxtext_cases import build
 
 TURN = 2 * Fraction("3.14159265358979323846264338327950288419716939937510582097494459")
 LONGEST = 2**31 - 1
@@ -284,6 +285,22 @@ def test_images_are_exact():
     y = np.asarray(llama(x))[0, :, 0]
     assert abs(y[29, 0] - math.cos(30)) < 1e-6
     np.testing.assert_array_equal(y[900], np.tile([1.0, 0.0], 16))
+
+
+@pytest.mark.parametrize("floor_scale", [8192, 8192.0])
+def test_temperature_counts_whole_spans(floor_scale):
+    """Position 33,562,622 is the last of its span; in float32 it was in the next."""
+    layer = build(
+        is_nope_layer=True,
+        temperature_tuning=True,
+        temperature_tuning_scale=1000.0,
+        temperature_tuning_floor_scale=floor_scale,
+    )
+    last = 8192 * 4097 - 2
+    at = jnp.asarray([[0, last, last + 1]], jnp.int32)
+    actual = layer._scaled(jnp.ones((1, 3, 4, 16)), at)[0, :, 0, 0]
+    expected = 1 + 1000 * np.log1p([0, 4096, 4097])
+    np.testing.assert_allclose(actual, expected, rtol=1e-6)
 
 
 # ------------------------------------------------------------------------------- float64

@@ -175,9 +175,11 @@ class Attention(Projections):
         if o.query_pre_attn_scalar:
             q = q * jnp.asarray(o.query_pre_attn_scalar, q.dtype)
         if o.temperature_tuning and o.is_nope_layer:
-            wide = wide_dtype(q)
-            at = inputs_positions.astype(wide)
-            turn = jnp.floor((at + 1) / o.temperature_tuning_floor_scale)
+            wide, span = wide_dtype(q), float(o.temperature_tuning_floor_scale)
+            if span.is_integer():  # exact at any distance
+                turn = ((inputs_positions + 1) // int(span)).astype(wide)
+            else:
+                turn = jnp.floor((inputs_positions.astype(wide) + 1) / span)
             factor = 1 + o.temperature_tuning_scale * jnp.log1p(turn)
             q = (q.astype(wide) * factor[:, :, None, None]).astype(q.dtype)
         return q
