@@ -244,3 +244,28 @@ def test_a_mod_of_ones_own_says_what_it_needs():
     for mod in (Odd(), Causal() & Odd()):
         with pytest.raises(ValueError, match="only odd heads"):
             attention(Q, Q, Q, mask_mod=mod)
+
+
+def test_a_bias_of_packed_rows():
+    rows, offsets = Q[0].swapaxes(0, 1), jnp.array([0, 1, 4, 6], jnp.int32)
+    bias = floats(H, T, T)
+    out = varlen_attention(rows, rows, rows, row_offsets=offsets, bias=bias)
+    for first, last in ((0, 1), (1, 4), (4, 6)):
+        own = Q[:1, :, first:last]
+        near = bias[None, :, first:last, first:last]
+        alone = attention(own, own, own, bias=near, mask_mod=Causal())
+        got = out[first:last].swapaxes(0, 1)[None]
+        np.testing.assert_allclose(got, alone, rtol=2e-5, atol=2e-6)
+
+
+def test_a_bias_of_packed_rows_has_three_axes(unchecked):
+    rows, offsets = Q[0].swapaxes(0, 1), jnp.array([0, 6], jnp.int32)
+    for shape, said in (
+        ((1, H, T, T), r"bias \(1, 4, 6, 6\) must broadcast to \(heads, rows, keys\)"),
+        ((T, T), r"bias \(6, 6\) must broadcast to \(heads, rows, keys\)"),
+        ((H, T, 3), "bias .* must broadcast to"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            varlen_attention(
+                rows, rows, rows, row_offsets=offsets, bias=jnp.zeros(shape)
+            )

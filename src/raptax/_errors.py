@@ -19,7 +19,9 @@ def choices(names: Iterable[Any]) -> str:
 
 def check_groups(query_heads: int, kv_heads: int) -> None:
     """Raises ValueError unless every kv head serves the same number of query heads."""
-    if kv_heads < 1 or query_heads % kv_heads:
+    if kv_heads < 1:
+        raise ValueError(f"kv_heads={kv_heads} must be at least 1.")
+    if query_heads % kv_heads:
         raise ValueError(
             f"query_heads={query_heads} must be a multiple of kv_heads={kv_heads}, so "
             "that every kv head serves the same number of query heads."
@@ -160,20 +162,27 @@ def check_sinks(sinks: jax.Array | None, heads: int) -> None:
 
 def check_scale(scale: Any) -> None:
     """Raises ValueError unless ``scale`` is one real number; None is the default one."""
-    if scale is None or (
-        isinstance(scale, int | float) and not isinstance(scale, bool)
-    ):
-        return
-    dtype = getattr(scale, "dtype", None)
-    real = dtype is not None and any(
-        jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer)
-    )
-    if not real or scale.ndim:
-        got = f"{scale!r}" if dtype is None else f"{dtype} {scale.shape}"
+    if scale is not None and not _is_one_real(scale):
         raise ValueError(
-            f"scale must be one real number, or an array of rank 0; got {got}. For one "
-            "number per head, give score_mod=Temperature(numbers)."
+            "scale must be one real number, or an array of rank 0; got "
+            f"{_described(scale)}. For one number per head, give "
+            "score_mod=Temperature(numbers)."
         )
+
+
+def _is_one_real(x: Any) -> bool:
+    if isinstance(x, int | float):
+        return not isinstance(x, bool)
+    kinds = jnp.floating, jnp.integer
+    return (
+        hasattr(x, "dtype")
+        and x.ndim == 0
+        and any(jnp.issubdtype(x.dtype, kind) for kind in kinds)
+    )
+
+
+def _described(x: Any) -> str:
+    return f"{x.dtype} {x.shape}" if hasattr(x, "dtype") else repr(x)
 
 
 def check_start(start: Any, batch: int) -> None:
@@ -211,18 +220,26 @@ def check_lengths(name: str, lengths: Any, batch: int, longest: int) -> None:
 
 
 def _check_whole(name: str, numbers: Any) -> None:
-    if not jnp.issubdtype(jnp.result_type(numbers), jnp.integer):
-        raise ValueError(
-            f"{name} must be of whole numbers; got {jnp.result_type(numbers)}."
-        )
+    if isinstance(numbers, int) and not isinstance(numbers, bool):
+        return
+    dtype = getattr(numbers, "dtype", None)
+    if dtype is None or not jnp.issubdtype(dtype, jnp.integer):
+        raise ValueError(f"{name} must be of whole numbers; got {_described(numbers)}.")
 
 
 def check_dropout(rng: Any, rate: Any, deterministic: bool) -> None:
-    """Raises ValueError unless dropout can be applied as asked."""
-    known = not isinstance(rate, jax.core.Tracer)
-    if known and not 0 <= rate < 1:
+    """Raises ValueError unless dropout can be applied as asked.
+
+    A traced rate is taken on trust, and taken not to be 0.
+    """
+    if not _is_one_real(rate):
+        raise ValueError(
+            f"dropout_rate must be one real number; got {_described(rate)}."
+        )
+    traced = isinstance(rate, jax.core.Tracer)
+    if not traced and not 0 <= rate < 1:
         raise ValueError(f"dropout_rate={rate} must lie in [0, 1).")
-    if not (known and rate == 0) and not deterministic and rng is None:
+    if not deterministic and rng is None and (traced or rate):
         raise ValueError(
             f"dropout_rate={rate} with deterministic=False needs a dropout_rng."
         )

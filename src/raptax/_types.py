@@ -114,7 +114,8 @@ class AttentionFn(Protocol):
         query_start: Absolute position of the first query. Defaults to ``S - T``.
         dropout_rng: Key for dropout on the attention weights.
         dropout_rate: Probability that a weight is dropped, in ``[0, 1)``.
-        deterministic: True turns dropout off.
+        deterministic: True, the default, turns dropout off, whatever its rate: a layer
+            passes on what it is told, as in Flax.
         return_lse: Also return the natural logarithm of each row's sum of exponentials,
             its sink's included, in the dtype of accumulation. -inf for a row that sees
             nothing. `merge` puts partial results together by it.

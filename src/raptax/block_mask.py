@@ -19,6 +19,7 @@ Positions, lengths and ids may be traced. New values of them compile nothing ane
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -128,11 +129,11 @@ def first_position(
 def create_block_mask(
     mask_mod: MaskMod,
     *,
-    batch: int = 1,
-    heads: int = 1,
+    batch: int | None = 1,
+    heads: int | None = 1,
     seq_q: int,
     seq_kv: int,
-    block: tuple[int, int] = (128, 128),
+    block: int | tuple[int, int] = (128, 128),
     query_start: int | Int[Array, ""] | Int[Array, " B"] | None = None,
 ) -> BlockMask:
     """Decides every tile of ``block[0]`` queries and ``block[1]`` keys.
@@ -141,13 +142,23 @@ def create_block_mask(
     and may be one number per sequence. Sequences or heads that all see the same share
     an axis of length 1. Tiles are decided for what a plain function captures now; when
     that changes, a new block mask is needed.
+
+    Args:
+        batch: Number of sequences, or None for any, which all see the same.
+        heads: Likewise.
+        block: One number for square tiles.
+
+    Raises:
+        ValueError: The mask has arrays for other sizes, or sees a difference between
+            sequences or heads, of which there may be any number.
     """
+    any_of = [n for n, size in (("batch", batch), ("heads", heads)) if size is None]
+    batch, heads = (1 if size is None else size for size in (batch, heads))
     sizes = dict(batch=batch, heads=heads, seq_q=seq_q, seq_kv=seq_kv)
+    tile = _tile(block)
     for name, size in sizes.items():
         if size < 0:
             raise ValueError(f"{name}={size} must not be negative.")
-    if len(block) != 2 or min(block) < 1:
-        raise ValueError(f"block={block} must be (queries, keys), each at least 1.")
     start = seq_kv - seq_q if query_start is None else query_start
     start = jnp.asarray(start, jnp.int32).reshape(-1)
     if start.size not in (1, batch):
@@ -156,13 +167,27 @@ def create_block_mask(
             f"batch={batch} sequences."
         )
     check_mods([mask_mod], batch, heads)
-    grid, mask_mod = Grid(block, (seq_q, seq_kv)), as_mod(mask_mod)
+    grid, mask_mod = Grid(tile, (seq_q, seq_kv)), as_mod(mask_mod)
     if 0 in sizes.values():
         kinds = jnp.zeros((1, 1, *grid.shape), jnp.int8)
-        return BlockMask(kinds, mask_mod, start, block, grid.lengths, batch, heads)
+        served = (None if n in any_of else sizes[n] for n in ("batch", "heads"))
+        return BlockMask(kinds, mask_mod, start, tile, grid.lengths, *served)
     at = jax.eval_shape(lambda: _one_score(start, batch, heads))
     made = _create(trace_functions(mask_mod, *at), start, grid, batch, heads)
+    for name in any_of:
+        if getattr(made, name) is not None:
+            raise ValueError(
+                f"mask_mod={mask_mod} depends on the index of {name}, so {name}=None, "
+                "which is any number, must be a number."
+            )
     return dataclasses.replace(made, mask_mod=mask_mod)  # with its numbers, not arrays
+
+
+def _tile(block: int | Sequence[int]) -> tuple[int, int]:
+    sizes = (block, block) if isinstance(block, int | np.integer) else tuple(block)
+    if len(sizes) != 2 or min(sizes) < 1:
+        raise ValueError(f"block={block} must be (queries, keys), each at least 1.")
+    return int(sizes[0]), int(sizes[1])
 
 
 class Grid(NamedTuple):
@@ -293,7 +318,8 @@ def _look_at_partial(
         def evaluate() -> jax.Array:
             q_idx = start[:, None] + grid.entries(0, i)[None]
             at = position_indices(batch, heads, q_idx, grid.entries(1, j))
-            allowed = jnp.broadcast_to(mask_mod(*at), (batch, heads, *grid.block))
+            allowed = apply_mask(mask_mod, *at)
+            allowed = jnp.broadcast_to(allowed, (batch, heads, *grid.block))
             some, every = allowed.any((2, 3)), allowed.all((2, 3))
             seen = some.astype(jnp.int8) + every.astype(jnp.int8)
             return jnp.where(kind == PARTIAL, seen, kind)

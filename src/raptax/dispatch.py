@@ -21,7 +21,7 @@ from ._errors import (
     with_four_axes,
 )
 from ._types import Attended, DropoutKey, MaskMod, ScoreMod, as_array
-from .block_mask import BlockMask
+from .block_mask import BlockMask, create_block_mask
 from .kernels import KERNELS, Kernel, paged
 from .kernels.problem import traced_mods
 from .kernels.softmax import accumulator
@@ -30,6 +30,7 @@ from .mods import (
     KeyLengths,
     QueryLengths,
     Segments,
+    Window,
     and_masks,
     check_mods,
     split_mask,
@@ -55,7 +56,7 @@ def attention(
     key_lengths: Int[Array, " B"] | None = None,
     query_start: int | Int[Array, ""] | Int[Array, " B"] | None = None,
     dropout_rng: DropoutKey | None = None,
-    dropout_rate: float = 0.0,
+    dropout_rate: float | Float[Array, ""] = 0.0,
     deterministic: bool = True,
     return_lse: bool = False,
     kernel: str | None = None,
@@ -105,6 +106,42 @@ def attention(
     problem = _traced(query, key, problem)
     chosen = _choose(kernel, query, key, value, problem)
     return chosen.run(query, key, value, **problem)
+
+
+def attention_in_tiles(
+    query: jax.Array, key: jax.Array, value: jax.Array, size: Any, **options: Any
+) -> Attended:
+    """`attention` by ``blockwise``, in tiles of ``size`` queries and keys.
+
+    The other kernels have tiles of their own. Sizes change how fast, never what.
+    """
+    _check_names(options)
+    if options.pop("kernel", None) not in (None, "blockwise"):
+        raise ValueError(
+            f"block_size={size} is a size of tiles, which only kernel='blockwise' takes."
+        )
+    (query, key, value), problem = _as_problem(query, key, value, options)
+    mask_mod, start = problem.get("mask_mod"), problem.pop("query_start", None)
+    if isinstance(mask_mod, BlockMask):
+        raise ValueError(
+            f"block_size={size} contradicts a block mask, which has tiles of its own."
+        )
+    tiles = create_block_mask(
+        Window(None, None) if mask_mod is None else mask_mod,
+        batch=query.shape[0],
+        heads=query.shape[1],
+        seq_q=query.shape[2],
+        seq_kv=key.shape[2],
+        block=size,
+        query_start=start,
+    )
+    (kernel,) = _candidates("blockwise")
+    return kernel.run(query, key, value, **problem | dict(mask_mod=tiles))
+
+
+def _check_names(options: dict[str, Any]) -> None:
+    if unknown := options.keys() - inspect.signature(attention).parameters:
+        raise TypeError(f"attention() takes no {choices(sorted(unknown))}.")
 
 
 def _as_problem(
@@ -232,8 +269,7 @@ def explain(
     Takes the arguments of `attention` and raises what it does. One line for each
     kernel; at most one of them says "runs".
     """
-    if unknown := options.keys() - inspect.signature(attention).parameters:
-        raise TypeError(f"attention() takes no {choices(sorted(unknown))}.")
+    _check_names(options)
     (query, key, value), problem = _as_problem(query, key, value, options)
     problem = _traced(query, key, problem)
     candidates, lines, taken = _candidates(kernel), [], False

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 from ._pytree import pytree, static
 from ._types import DropoutKey, Indices, MaskMod, ScoreMod, as_array
 from .dispatch import attention
-from .mods import Causal, Mask, as_mod, check_mods
+from .mods import Causal, Mask, apply_mask, as_mod, check_mods
 
 
 def varlen_attention(
@@ -22,10 +22,11 @@ def varlen_attention(
     key_offsets: Int[Array, " offsets"] | None = None,
     mask_mod: MaskMod | None = Causal(),
     score_mod: ScoreMod | None = None,
+    bias: Float[Array, "#H #R #RK"] | None = None,
     sinks: Float[Array, " H"] | None = None,
     scale: float | Float[Array, ""] | None = None,
     dropout_rng: DropoutKey | None = None,
-    dropout_rate: float = 0.0,
+    dropout_rate: float | Float[Array, ""] = 0.0,
     deterministic: bool = True,
     return_lse: bool = False,
     kernel: str | None = None,
@@ -44,6 +45,8 @@ def varlen_attention(
         mask_mod: Which of its sequence's keys a query may see; gets ``b_idx`` of shape
             (1, 1, R, 1).
         score_mod: A change of the scaled scores; gets the same indices.
+        bias: Added to the scaled scores, for each head, row and packed key. What it
+            says between two sequences is not used. Takes O(R * RK) memory.
 
     Returns:
         As `attention` does, in rows; zeros, and -inf, in rows of padding.
@@ -59,6 +62,11 @@ def varlen_attention(
             f"row_offsets {row_offsets.shape} and key_offsets {key_offsets.shape} must "
             "speak of the same sequences."
         )
+    bias = as_array(bias)
+    if bias is not None and bias.ndim != 3:
+        raise ValueError(
+            f"bias {bias.shape} must broadcast to (heads, rows, keys), one axis each."
+        )
     _check_offsets("row_offsets", row_offsets, query.shape[0])
     _check_offsets("key_offsets", key_offsets, key.shape[0])
     check_mods([mask_mod, score_mod], row_offsets.size - 1, query.shape[1])
@@ -71,6 +79,7 @@ def varlen_attention(
         *(x.swapaxes(0, 1)[None] for x in (query, key, value)),
         mask_mod=_PackedMask(rows, as_mod(mask_mod)),
         score_mod=None if score_mod is None else _PackedScore(rows, as_mod(score_mod)),
+        bias=None if bias is None else bias[None],
         sinks=sinks,
         scale=scale,
         query_start=0,
@@ -139,7 +148,8 @@ class _PackedMask(Mask):
         allowed = (own == self.rows.k_seq[kv_idx]) & (own < self.rows.sequences)
         if self.mask_mod is None:
             return allowed
-        return allowed & self.mask_mod(*self.rows.within(h_idx, q_idx, kv_idx))
+        at = self.rows.within(h_idx, q_idx, kv_idx)
+        return allowed & apply_mask(self.mask_mod, *at)
 
 
 @pytree

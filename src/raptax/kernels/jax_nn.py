@@ -23,7 +23,8 @@ def why_not_jax_nn(query: jax.Array, key: jax.Array, value: jax.Array, **problem
         return "it knows no sinks"
     if problem.get("return_lse"):
         return "its log-sum-exp has no derivative on every platform"
-    if problem.get("dropout_rate", 0.0) and not problem.get("deterministic", True):
+    rate, deterministic = (problem.get(n) for n in ("dropout_rate", "deterministic"))
+    if deterministic is False and (isinstance(rate, jax.Array) or rate):
         return "it knows no dropout"
     mask_mod = problem.get("mask_mod")
     if mask_mod is not None and not isinstance(mask_mod, Causal | SlidingWindow):

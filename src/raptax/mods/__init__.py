@@ -74,5 +74,5 @@ def mask_mod_to_boolean_mask(
     check_mods([mask_mod], batch, num_heads)
     q_idx = query_positions(None, seq_q, seq_kv)
     kv_idx = jnp.arange(seq_kv, dtype=jnp.int32)
-    allowed = mask_mod(*position_indices(batch, num_heads, q_idx, kv_idx))
+    allowed = apply_mask(mask_mod, *position_indices(batch, num_heads, q_idx, kv_idx))
     return jnp.broadcast_to(allowed, (batch, num_heads, seq_q, seq_kv))

@@ -46,15 +46,21 @@ def check_mods(mods: Iterable[Any], batch: int, heads: int) -> None:
     no mod.
     """
     for mod in mods:
-        if isinstance(mod, np.ndarray | jax.Array):
-            raise ValueError(
-                "a mask_mod or score_mod must be a function or a value of raptax.mods; "
-                f"got an array of shape {mod.shape}. Give it as mask or bias, or, with "
-                "four axes, as Dense(array) or DenseBias(array)."
-            )
-        if mod is not None and not callable(mod):
-            raise ValueError(f"a mask_mod or score_mod must be callable; got {mod!r}.")
-        _check_one(mod, batch, heads)
+        if mod is not None:
+            check_callable(mod)
+            _check_one(mod, batch, heads)
+
+
+def check_callable(mod: Any) -> None:
+    """Raises ValueError for what is no mod at all."""
+    if isinstance(mod, np.ndarray | jax.Array):
+        raise ValueError(
+            "a mask_mod or score_mod must be a function or a value of raptax.mods; got "
+            f"an array of shape {mod.shape}. Give it as mask or bias, or, with four "
+            "axes, as Dense(array) or DenseBias(array)."
+        )
+    if not callable(mod):
+        raise ValueError(f"a mask_mod or score_mod must be callable; got {mod!r}.")
 
 
 def _check_one(mod: Any, batch: int, heads: int) -> None:

@@ -1,7 +1,6 @@
 """What masks share: the operators, the combinators and how they read arrays."""
 
 import functools
-import operator
 from typing import Any
 
 import jax
@@ -11,7 +10,7 @@ from jaxtyping import Array, Int
 
 from .._pytree import pytree, static
 from .._types import MaskMod
-from .checks import Mod
+from .checks import Mod, check_callable
 
 
 class Mask(Mod):
@@ -61,12 +60,15 @@ def as_mod(mod: Any) -> Any:
 def apply_mask(mask_mod: MaskMod, *at: jax.Array) -> jax.Array:
     """``mask_mod(*at)``, after a check that it says yes or no."""
     allowed = mask_mod(*at)
-    if allowed.dtype != bool:
+    if isinstance(allowed, bool | np.bool_ | np.ndarray):
+        allowed = jnp.asarray(allowed)
+    dtype = getattr(allowed, "dtype", None)
+    if dtype is None or not jnp.issubdtype(dtype, jnp.bool_):
         raise ValueError(
             f"mask_mod={mask_mod} must return booleans, True where a query may attend; "
-            f"it returned {allowed.dtype}."
+            f"it returned {type(allowed).__name__ if dtype is None else dtype}."
         )
-    return allowed
+    return allowed if allowed.ndim else jnp.broadcast_to(allowed, (1, 1, 1, 1))
 
 
 @pytree
@@ -78,7 +80,7 @@ class And(Mask):
 
     def __call__(self, b_idx, h_idx, q_idx, kv_idx):
         at = b_idx, h_idx, q_idx, kv_idx
-        return self.first(*at) & self.second(*at)
+        return apply_mask(self.first, *at) & apply_mask(self.second, *at)
 
 
 @pytree
@@ -90,7 +92,7 @@ class Or(Mask):
 
     def __call__(self, b_idx, h_idx, q_idx, kv_idx):
         at = b_idx, h_idx, q_idx, kv_idx
-        return self.first(*at) | self.second(*at)
+        return apply_mask(self.first, *at) | apply_mask(self.second, *at)
 
 
 @pytree
@@ -102,7 +104,7 @@ class Xor(Mask):
 
     def __call__(self, b_idx, h_idx, q_idx, kv_idx):
         at = b_idx, h_idx, q_idx, kv_idx
-        return self.first(*at) ^ self.second(*at)
+        return apply_mask(self.first, *at) ^ apply_mask(self.second, *at)
 
 
 @pytree
@@ -112,17 +114,28 @@ class Not(Mask):
     mask: Any
 
     def __call__(self, b_idx, h_idx, q_idx, kv_idx):
-        return ~self.mask(b_idx, h_idx, q_idx, kv_idx)
+        return ~apply_mask(self.mask, b_idx, h_idx, q_idx, kv_idx)
 
 
 def and_masks(*masks: MaskMod) -> MaskMod:
-    """Allowed by every one of ``masks``; at least one is needed."""
-    return functools.reduce(operator.and_, map(as_mod, masks))
+    """Allowed by every one of ``masks``; ValueError without any."""
+    return functools.reduce(And, _given("and_masks", masks))
 
 
 def or_masks(*masks: MaskMod) -> MaskMod:
-    """Allowed by any one of ``masks``; at least one is needed."""
-    return functools.reduce(operator.or_, map(as_mod, masks))
+    """Allowed by any one of ``masks``; ValueError without any."""
+    return functools.reduce(Or, _given("or_masks", masks))
+
+
+def _given(name: str, masks: tuple[MaskMod, ...]) -> list[Any]:
+    if not masks or any(mask is None for mask in masks):
+        raise ValueError(
+            f"{name} must be given masks, at least one of them and none that is None; "
+            f"got {masks}."
+        )
+    for mask in masks:
+        check_callable(mask)
+    return list(map(as_mod, masks))
 
 
 @pytree
@@ -171,7 +184,9 @@ class PerHead(Mask):
 
     def __call__(self, b_idx, h_idx, q_idx, kv_idx):
         which = jnp.asarray(self.which)[h_idx]
-        first, *others = (mask(b_idx, h_idx, q_idx, kv_idx) for mask in self.masks)
+        first, *others = (
+            apply_mask(mask, b_idx, h_idx, q_idx, kv_idx) for mask in self.masks
+        )
         for number, allowed in enumerate(others, 1):
             first = jnp.where(which == number, allowed, first)
         return first

@@ -11,19 +11,23 @@ from jaxtyping import Array, Float, Int
 from .._errors import check_scale
 from .._pytree import pytree, static
 from .._types import MaskMod, ScoreMod
-from .checks import Mod, set_positive, set_whole
+from .checks import Mod, check_callable, set_positive, set_whole
 from .combine import apply_mask, as_mod, entries, within
 
 
 def apply_score(score_mod: ScoreMod, scores: jax.Array, *at: jax.Array) -> jax.Array:
     """``score_mod(scores, *at)``, after a check that scores came back."""
-    changed = score_mod(scores, *at)
-    if (changed.shape, changed.dtype) != (scores.shape, scores.dtype):
-        raise ValueError(
-            f"score_mod={score_mod} must return scores as they came, {scores.dtype} "
-            f"{scores.shape}; it returned {changed.dtype} {changed.shape}."
-        )
-    return changed
+    changed: Any = score_mod(scores, *at)
+    if not isinstance(changed, jax.Array):
+        got = type(changed).__name__
+    elif (changed.shape, changed.dtype) == (scores.shape, scores.dtype):
+        return changed
+    else:
+        got = f"{changed.dtype} {changed.shape}"
+    raise ValueError(
+        f"score_mod={score_mod} must return scores as they came, {scores.dtype} "
+        f"{scores.shape}; it returned {got}."
+    )
 
 
 @pytree
@@ -78,7 +82,7 @@ class Composed(Mod):
 
     def __call__(self, scores, b_idx, h_idx, q_idx, kv_idx):
         for score_mod in self.score_mods:
-            scores = score_mod(scores, b_idx, h_idx, q_idx, kv_idx)
+            scores = apply_score(score_mod, scores, b_idx, h_idx, q_idx, kv_idx)
         return scores
 
 
@@ -88,6 +92,8 @@ def compose_score_mods(*score_mods: ScoreMod | None) -> ScoreMod | None:
     Returns None when nothing is left, and the change itself when it is the only one.
     """
     active = tuple(as_mod(mod) for mod in score_mods if mod is not None)
+    for mod in active:
+        check_callable(mod)
     if len(active) > 1:
         return Composed(active)
     return active[0] if active else None
