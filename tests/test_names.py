@@ -2,6 +2,7 @@
 
 import inspect
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,9 +15,9 @@ DOCUMENTED = {
     "mask_mod_to_boolean_mask": ("mask_mod", "batch", "num_heads", "seq_q", "seq_kv"),
     "compose_score_mods": ("score_mods",),
     "standard_attention": ("query", "key", "value"),
-    "memory_efficient_attention": ("query", "key", "value"),
-    "flash_attention": ("query", "key", "value"),
-    "linear_attention": ("query", "key", "value", "mask", "score_mod", "causal"),
+    "memory_efficient_attention": ("query", "key", "value", "block_size"),
+    "flash_attention": ("query", "key", "value", "block_size"),
+    "linear_attention": ("query", "key", "value", "mask", "causal", "chunk_size"),
     "ring_attention": ("query", "key", "value", "axis_name"),
     "paged_attention": ("query",),
     "alibi_mod": ("num_heads",),
@@ -165,3 +166,71 @@ def test_masks_combine():
 def test_a_window_holds_at_least_one_key():
     with pytest.raises(ValueError, match="window_size=0 must be at least 1"):
         raptax.sliding_window_mod(0)
+
+
+# ------------------------------------------------------------------------ sizes of tiles
+
+TILED = raptax.flash_attention, raptax.memory_efficient_attention
+
+
+@pytest.mark.parametrize("attend", TILED)
+@pytest.mark.parametrize("block_size", [1, 5, (4, 7), 64])
+def test_tiles_of_a_chosen_size(attend, block_size):
+    q, k, v = arrays()
+    for options in (
+        dict(mask_mod=raptax.Causal(), score_mod=raptax.SoftCap(2.0)),
+        dict(key_lengths=jnp.array([3, 12], jnp.int32), return_lse=True),
+        dict(query_start=4, mask_mod=raptax.SlidingWindow(3)),
+        dict(),
+    ):
+        got = attend(q, k, v, block_size=block_size, **options)
+        expected = attention(q, k, v, kernel="reference", **options)
+        for a, e in zip(*map(jax.tree.leaves, (got, expected)), strict=True):
+            np.testing.assert_allclose(a, e, rtol=2e-5, atol=2e-6)
+
+
+def tiles_of(**options):
+    """The shapes of the scores that a call works on at a time."""
+    run = lambda *x: raptax.memory_efficient_attention(*x, **options)
+    text = str(jax.make_jaxpr(run)(*arrays()))
+    return {n for n in (3, 4, 12) if f"f32[{B},{H},1,{n},{n}]" in text}
+
+
+def test_the_size_of_tiles_reaches_the_loops():
+    assert tiles_of(block_size=3) == {3}
+    assert tiles_of(block_size=4) == {4}
+    assert tiles_of() == {12}
+
+
+@pytest.mark.parametrize("attend", TILED)
+def test_sizes_of_tiles_that_cannot_be(attend, unchecked):
+    q, k, v = arrays()
+    for size in (0, -1, (4,), (4, 0)):
+        with pytest.raises(ValueError, match="each at least 1"):
+            attend(q, k, v, block_size=size)
+    made = raptax.create_block_mask(raptax.Causal(), seq_q=S, seq_kv=S)
+    with pytest.raises(ValueError, match="contradicts a block mask"):
+        attend(q, k, v, mask_mod=made, block_size=4)
+    with pytest.raises(ValueError, match="only kernel='blockwise' takes"):
+        attend(q, k, v, kernel="reference", block_size=4)
+    with pytest.raises(TypeError, match="takes no 'tile'"):
+        attend(q, k, v, tile=3, block_size=4)
+    with pytest.raises(TypeError, match="block_size"):
+        raptax.standard_attention(q, k, v, block_size=4)
+
+
+def test_chunks_of_a_chosen_size(unchecked):
+    q, k, v = arrays()
+    expected = raptax.linear_attention(q, k, v, causal=True)
+    for size in (1, 5, 100):
+        got = raptax.linear_attention(q, k, v, causal=True, chunk_size=size)
+        np.testing.assert_allclose(got, expected, rtol=2e-5, atol=2e-6)
+    text = str(
+        jax.make_jaxpr(
+            lambda *x: raptax.linear_attention(*x, causal=True, chunk_size=4)
+        )(q, k, v)
+    )
+    assert "length=3" in text
+    for size in (0, -1, 2.0, True):
+        with pytest.raises(ValueError, match=r"chunk_size=.* must be a whole number"):
+            raptax.linear_attention(q, k, v, chunk_size=size)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from ._types import Attended, MaskMod, ScoreMod
-from .dispatch import attention
+from .dispatch import attention, attention_in_tiles
 from .mods import (
     ALiBi,
     Causal,
@@ -40,16 +40,39 @@ def standard_attention(
 
 
 def memory_efficient_attention(
-    query: jax.Array, key: jax.Array, value: jax.Array, **options: Any
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    block_size: int | tuple[int, int] | None = None,
+    **options: Any,
 ) -> Attended:
-    """`attention` with ``kernel="blockwise"``, in O(S) memory."""
+    """`attention` with ``kernel="blockwise"``, in O(S) memory.
+
+    ``block_size`` queries and keys, or (queries, keys), make a tile of its loops. It
+    changes how fast, never what, and is chosen by the kernel unless given.
+    """
+    if block_size is not None:
+        return attention_in_tiles(query, key, value, block_size, **options)
     return attention(query, key, value, kernel="blockwise", **options)
 
 
 def flash_attention(
-    query: jax.Array, key: jax.Array, value: jax.Array, **options: Any
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    block_size: int | tuple[int, int] | None = None,
+    **options: Any,
 ) -> Attended:
-    """`attention` with the best kernel for this machine."""
+    """`attention` with the best kernel for this machine.
+
+    With ``block_size`` that is ``blockwise``, the only one whose tiles can be chosen;
+    see `memory_efficient_attention`. Leave it out where speed matters: the other
+    kernels know the best sizes for themselves.
+    """
+    if block_size is not None:
+        return attention_in_tiles(query, key, value, block_size, **options)
     return attention(query, key, value, **options)
 
 

@@ -98,6 +98,7 @@ def linear_attention(
     dropout_rate: float = 0.0,
     deterministic: bool = True,
     return_lse: bool = False,
+    chunk_size: int = CHUNK,
 ) -> LinearAttended:
     """``out_t = sum_s phi(q_t).phi(k_s) v_s / sum_s phi(q_t).phi(k_s)``, in O(S).
 
@@ -118,6 +119,8 @@ def linear_attention(
             positive: a row whose weights sum to exactly 0 is 0.
         mask: Of keys, (#B, 1, 1, #S). A masked key adds nothing, to the state neither.
         mask_mod: `Causal` or None.
+        chunk_size: Tokens of a causal chunk, at most: larger ones make more scores,
+            smaller ones more sums. It changes how fast, never what.
 
     Returns:
         The output, in the query's dtype and with the value's head size; with
@@ -146,10 +149,17 @@ def linear_attention(
         raise Unsupported(f"linear_attention cannot run this: {reason}.")
     if not callable(feature_map):
         raise ValueError(f"feature_map must be callable; got {feature_map!r}.")
+    if (
+        isinstance(chunk_size, bool)
+        or not isinstance(chunk_size, int)
+        or chunk_size < 1
+    ):
+        raise ValueError(f"chunk_size={chunk_size!r} must be a whole number from 1 on.")
     arrays = query, key, value, mask, state
     like = jax.ShapeDtypeStruct(key.shape, accumulator(key.dtype))
     feature_map = trace_functions(as_mod(feature_map), like)
-    out, state = _linear_attention(*arrays, feature_map, causal=causal)
+    chunk = chunk_size if causal else None
+    out, state = _linear_attention(*arrays, feature_map, chunk=chunk)
     return (out, state) if return_state else out
 
 
@@ -188,8 +198,8 @@ def _why_not_masked(
     return None
 
 
-@functools.partial(jax.jit, static_argnames="causal")
-def _linear_attention(query, key, value, mask, state, feature_map, *, causal):
+@functools.partial(jax.jit, static_argnames="chunk")
+def _linear_attention(query, key, value, mask, state, feature_map, *, chunk):
     """The output, and the state after all keys."""
     B, _, S, _ = key.shape
     seen = jnp.ones((1, 1, S), bool) if mask is None else mask[:, :, 0]
@@ -197,16 +207,16 @@ def _linear_attention(query, key, value, mask, state, feature_map, *, causal):
     # Sums over no key are 0, with the sizes and, in a shard_map, the axes they need.
     no_keys = _Keys.create(feature_map, *(x[:, :, :0] for x in (key, value, seen)))
     state = _start(state, no_keys.sums())
-    if causal:
-        return _causal(feature_map, state, query, key, value, seen)
+    if chunk is not None:
+        return _causal(feature_map, state, chunk, query, key, value, seen)
     state = _add(state, _Keys.create(feature_map, key, value, seen).sums())
     return _divide(query, *_weigh(_features(feature_map, query, key), state)), state
 
 
-def _causal(feature_map, state, query, key, value, seen):
+def _causal(feature_map, state, most, query, key, value, seen):
     """Chunk by chunk, as even as they can be, so that few tokens are padding."""
     T = query.shape[2]
-    number = max(1, -(-T // CHUNK))
+    number = max(1, -(-T // most))
     size = -(-T // number)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)  # or each keeps its scores
