@@ -168,3 +168,16 @@ def test_numpy_arrays_inside_mods(name, unchecked):
         close(attention(Q, K, V, **{kind: mod}, kernel=kernel), expected)
     made = MODS[name](lambda x: x.tolist())
     assert made == MODS[name](jnp.asarray)
+
+
+def test_no_sequences_have_no_lengths():
+    nothing = Q[:0]
+    for kernel in KERNELS:
+        out = attention(
+            nothing,
+            nothing,
+            nothing,
+            key_lengths=jnp.zeros(0, jnp.int32),
+            kernel=kernel,
+        )
+        assert out.shape == nothing.shape

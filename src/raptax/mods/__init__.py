@@ -2,9 +2,12 @@
 
 A mod is a dataclass with a ``__call__``, not a closure. It prints, compares and hashes
 by what it says (``SlidingWindow(size=128)``), so building the same mod twice does not
-retrace a jitted function, a kernel can recognise it by type, and the arrays it carries
-are ordinary pytree leaves that jit, vmap and sharding can see. Plain functions of the
-same signature are accepted everywhere too.
+retrace a jitted function, a kernel can recognise it by type, and the arrays and numbers
+it carries are ordinary pytree leaves that jit, vmap and sharding can see: a new window
+compiles nothing anew. Plain functions of the same signature are accepted everywhere too.
+
+Sizes are checked when a mod is used (`check_mods`): an axis of sequences or heads has
+their number, or 1 where the annotation of the array says ``#``.
 
 Masks combine with ``&``, ``|``, ``^`` and ``~`` (`and_masks`, `or_masks` when all of
 them are plain functions), score changes with `compose_score_mods`.

@@ -198,7 +198,9 @@ class PerHead(Mask):
 def per_sequence(numbers: Any, b_idx: jax.Array) -> jax.Array:
     """One whole number per sequence, or one for all, to stand beside the indices."""
     numbers = jnp.asarray(numbers).astype(jnp.int32)
-    return numbers[b_idx] if numbers.size > 1 else numbers.reshape(())
+    if numbers.size == 0:  # of no sequences
+        return jnp.zeros((), jnp.int32)
+    return numbers.reshape(()) if numbers.size == 1 else numbers[b_idx]
 
 
 def within(index: jax.Array, length: int | jax.Array) -> jax.Array:
