@@ -15,7 +15,7 @@ from .._pytree import pytree, static
 from .._types import ScoreMod
 from ..block_mask import first_position
 from ..mods import KeyLengths, as_mod, with_scale
-from ..mods.functions import trace_functions
+from ..mods.functions import has_functions, trace_functions
 from .dropout import Dropout
 from .softmax import accumulator
 from .tiles import TILE
@@ -104,6 +104,9 @@ def traced_mods(
 
     ``start`` is the position of the first query, one or one for each sequence.
     """
+    mask_mod, score_mod = as_mod(mask_mod), as_mod(score_mod)
+    if not (has_functions(mask_mod) or has_functions(score_mod)):
+        return mask_mod, score_mod
     B, H, T, S = shape
     indices = lambda *n: jax.ShapeDtypeStruct(n, jnp.int32)
     rows = 1 if start is None or jnp.size(start) == 1 else B
@@ -111,8 +114,8 @@ def traced_mods(
     at = indices(B, 1, 1, 1), indices(1, H, 1, 1), q_idx, kv_idx
     scores = jax.ShapeDtypeStruct(shape, dtype)
     return (
-        trace_functions(as_mod(mask_mod), *at),
-        trace_functions(as_mod(score_mod), scores, *at),
+        trace_functions(mask_mod, *at),
+        trace_functions(score_mod, scores, *at),
     )
 
 

@@ -143,6 +143,11 @@ def trace_functions(mod: Any, *args: Any) -> Any:
     return jax.tree.map(traced, mod, is_leaf=_is_function)
 
 
+def has_functions(mod: Any) -> bool:
+    """Whether `trace_functions` would change anything."""
+    return any(map(_is_function, jax.tree.leaves(mod, is_leaf=_is_function)))
+
+
 def _is_function(node: Any) -> bool:
     return isinstance(node, FunctionMod) or (callable(node) and not is_value(node))
 
