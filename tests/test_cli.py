@@ -291,6 +291,14 @@ def test_an_interrupt_ends_the_text_and_tells_the_speed(path, monkeypatch):
     )
 
 
+@pytest.mark.filterwarnings("default:tokenizer.ggml")
+def test_a_warning_is_one_sentence(tmp_path):
+    fields = {"tokenizer.ggml.pre": None}
+    path = tiny.write(tmp_path / "tiny.gguf", fields=fields)
+    first, _ = written(path, PROMPT, "-n", 2).stderr.splitlines()
+    assert first.startswith("tokenizer.ggml.pre is missing; text is cut into words")
+
+
 def test_stdin_that_is_no_text(path):
     result = raptax("generate", "-", "--model", path, input=b"in \xff")
     assert "stdin is not UTF-8: byte 0xff at 3; iconv" in refused(result)

@@ -183,6 +183,7 @@ def test_layers_that_are_numbered_far_apart(tmp_path):
     assert "lacks the tensor 'blk.1.attn_q.weight'" in complaint(path)
 
 
+@pytest.mark.filterwarnings("ignore:tokenizer.ggml")
 def test_damage_anywhere_in_the_metadata(tmp_path, frugal):
     """Bytes of fields and of the tensor table, changed at random with a seed."""
     path = tiny.write(tmp_path / "tiny.gguf", ONE_LAYER)

@@ -189,7 +189,7 @@ def test_merges_from_scores_follow_sentencepiece(words, texts):
     [
         ({}, "lacks the field 'tokenizer.ggml.model'"),
         (byte_level(model="bert"), "'bert' is not one of 'gpt2', 'llama'"),
-        (byte_level(pre="mine"), "pre='mine' is not one of 'chatglm-bpe', .*'smollm'"),
+        (byte_level(pre="mine"), "pre='mine' is not one of 'chameleon', .*'smollm'"),
         (byte_level(tokens=["a", "a"]), "has 'a' twice"),
         (byte_level(token_type=[1]), "token_type has 1 entries for 59 tokens"),
         (byte_level(merges=["a c"]), "'a c', which does not join two tokens"),

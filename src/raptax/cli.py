@@ -7,6 +7,7 @@ import os
 import secrets
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Iterator
 from importlib.metadata import version
 from typing import Annotated
@@ -117,7 +118,11 @@ def _load(model: str, weights: Weights) -> LanguageModel:
     told = TextColumn("{task.description}", markup=False)  # a path may hold brackets
     columns = told, BarColumn(), DownloadColumn()
     shown = _err.is_terminal  # elsewhere it would leave an empty line
-    with Progress(*columns, console=_err, transient=True, disable=not shown) as bars:
+    bars = Progress(*columns, console=_err, transient=True, disable=not shown)
+    with bars, warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: _err.print(
+            str(message), soft_wrap=True, highlight=False, markup=False
+        )
         bar = bars.add_task(f"Loading {model}", total=None)
         return load(
             model,

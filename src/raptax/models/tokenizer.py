@@ -16,6 +16,7 @@ import dataclasses
 import enum
 import functools
 import re
+import warnings
 from collections.abc import (
     Callable,
     Collection,
@@ -33,6 +34,7 @@ from .._errors import choices
 from .chat_template import check_messages, render
 from .fields import Fields
 from .plain_text import PlainText
+from .splits import ADD_BOS, SPLITS, TAKE_WORDS
 
 
 class Kind(enum.IntEnum):
@@ -50,53 +52,6 @@ _CONTROL = (Kind.CONTROL, Kind.UNKNOWN)
 _WHOLE = (*_CONTROL, Kind.USER_DEFINED)  # cut out of a text before anything is merged
 
 
-def _words(letters: str, digits: str, symbols: str) -> str:
-    """What the patterns since GPT-4 have in common; spaces come last, as the rest."""
-    return rf"{letters}|{digits}| ?{symbols}|\s*[\r\n]+|\s+(?!\S)|\s+"
-
-
-# `(?i:'s)` would also take the long s, U+017F.
-_SUFFIX = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
-_LETTERS = _SUFFIX + r"|[^\r\n\p{L}\p{N}]?\p{L}+"
-_MARKED = _SUFFIX + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+"
-_SYMBOLS = r"[^\s\p{L}\p{N}]+[\r\n]*"
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_LLAMA3 = _words(_LETTERS, r"\p{N}{1,3}", _SYMBOLS)
-_DEEPSEEK3 = (
-    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+"""
-    r"|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-# How a byte-level vocabulary cuts a text into words; merges stay inside a word. Each
-# pattern cuts what the ones before it left plain. `tokenizer.ggml.pre` is a name here.
-# A letter is what it is in the Unicode version `tokenizers` was built with; llama.cpp's
-# is older, so ids may differ around characters added since Unicode 16.
-_LLAMA3_NAMES = "llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2"
-_PATTERNS = {
-    "gpt-2 phi-2 mpt olmo jais gigachat exaone4 trillion": (_GPT2,),
-    "smollm starcoder refact command-r codeshell exaone minerva-7b": (r"\p{N}", _GPT2),
-    _LLAMA3_NAMES: (_LLAMA3,),
-    "dbrx smaug-bpe chatglm-bpe": (_LLAMA3,),
-    "qwen2 deepseek-r1-qwen stablelm2 hunyuan solar-open megrez grok-2": (
-        _words(_LETTERS, r"\p{N}", _SYMBOLS),
-    ),
-    "qwen35": (_words(_MARKED, r"\p{N}", r"[^\s\p{L}\p{M}\p{N}]+[\r\n]*"),),
-    "seed-coder": (_words(_LETTERS, r"\p{N}", r"[^\s\p{L}\p{N}\r\n]+"),),
-    "deepseek-v3 hunyuan-dense joyai-llm": (
-        r"\p{N}{1,3}",
-        "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
-        _DEEPSEEK3,
-    ),
-    "falcon": (r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, "[0-9][0-9][0-9]"),
-    "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]"),
-}
-SPLITS = {name: split for names, split in _PATTERNS.items() for name in names.split()}
-
-# These take a word that is itself a token, even where no merges lead to it, and put the
-# beginning-of-text token first unless the metadata says otherwise.
-_TAKE_WORDS = frozenset(_LLAMA3_NAMES.split())
-
 # Tokens that end a turn whatever the metadata says: it names one of them at most, and
 # chat models end with another. The last two lines end a fill-in-the-middle.
 _STOPS = """
@@ -106,7 +61,9 @@ _STOPS = """
     <|fim_pad|> <fim-pad> <fim_pad> <|fim_repo|> <|repo_name|> <fim-repo> <REPO>
     <reponame> <|file_sep|>
 """
+_BYTE = "<0x[0-9A-Fa-f]{2}>"
 _STOP_KEYS = ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep")
+_NAMED = ("bos", "unknown", "padding", *_STOP_KEYS)
 
 # Fields whose default is all that is done here.
 _NEUTRAL = {
@@ -222,7 +179,9 @@ class Tokenizer:
         if len(vocab) != len(tokens):
             twice = next(t for id, t in enumerate(tokens) if vocab[t] != id)
             raise ValueError(f"tokenizer.ggml.tokens has {twice!r} twice.")
-        kinds = fields.integers("token_type", 0, max(Kind))
+        kinds = fields.integers("token_type", 0, max(Kind), None)
+        if kinds is None:
+            kinds = _guessed_kinds(fields, tokens)
         _check_length("token_type", kinds, vocab)
         _check_bytes(tokens, kinds)
         return cls(
@@ -444,9 +403,31 @@ def _check_length(name: str, values: Sequence[Any], tokens: Collection[str]) -> 
         )
 
 
+def _guessed_kinds(fields: Fields, tokens: Sequence[str]) -> list[int]:
+    """What tokens are for, by their names: some old files do not say."""
+    _warn("token_type", "control tokens are guessed by their names")
+    named = (_token_id(fields, name, None, len(tokens)) for name in _NAMED)
+    control = {tokens[id] for id in named if id is not None} | set(_STOPS.split())
+
+    def kind(token: str) -> Kind:
+        if token in control:
+            return Kind.CONTROL
+        return Kind.BYTE if re.fullmatch(_BYTE, token) else Kind.NORMAL
+
+    return [kind(token) for token in tokens]
+
+
+def _warn(name: str, instead: str) -> None:
+    warnings.warn(
+        f"tokenizer.ggml.{name} is missing; {instead}, which may give other ids than "
+        "the model was trained on. A newer conversion of the model has it.",
+        stacklevel=2,
+    )
+
+
 def _check_bytes(tokens: Sequence[str], kinds: Sequence[int]) -> None:
     for token, kind in zip(tokens, kinds, strict=True):
-        if kind == Kind.BYTE and not re.fullmatch("<0x[0-9A-Fa-f]{2}>", token):
+        if kind == Kind.BYTE and not re.fullmatch(_BYTE, token):
             raise ValueError(
                 f"tokenizer.ggml.tokens has {token!r}, whose type is byte; such a token "
                 "is written like '<0x0A>'."
@@ -511,7 +492,9 @@ def _byte_level_piece(token: str) -> bytes:
 
 def _byte_level(fields: Fields, vocab: dict[str, int]) -> _Model:
     fields.ignore("scores")  # of SentencePiece; some converters write zeros
-    name = fields.text("pre")
+    if (name := fields.text("pre", None)) is None:
+        name = "default"
+        _warn("pre", "text is cut into words as llama.cpp's 'default' does it")
     if name not in SPLITS:
         raise ValueError(
             f"tokenizer.ggml.pre={name!r} is not one of {choices(sorted(SPLITS))}."
@@ -532,8 +515,7 @@ def _byte_level(fields: Fields, vocab: dict[str, int]) -> _Model:
     # it gets an id past the end, and `encode` leaves that out.
     lacks = _byte_of().keys() - vocab.keys()
     vocab = vocab | {byte: len(vocab) + n for n, byte in enumerate(lacks)}
-    whole = name in _TAKE_WORDS
-    bpe = models.BPE(vocab=vocab, merges=merges, ignore_merges=whole)
+    bpe = models.BPE(vocab=vocab, merges=merges, ignore_merges=name in TAKE_WORDS)
     merge = tokenizers.Tokenizer(bpe)
     cuts = [
         pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
@@ -541,7 +523,7 @@ def _byte_level(fields: Fields, vocab: dict[str, int]) -> _Model:
     ]
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     merge.pre_tokenizer = pre_tokenizers.Sequence([*cuts, to_bytes])
-    return _Model(merge, _byte_level_piece, add_bos=whole)
+    return _Model(merge, _byte_level_piece, add_bos=name in ADD_BOS)
 
 
 # SentencePiece vocabularies. Kudo & Richardson 2018, arXiv:1808.06226.
