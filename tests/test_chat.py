@@ -122,6 +122,23 @@ BAD = {
 }
 
 
+# Cheap to write down, and slow only because of what it works on.
+LONG = "{% set x = 'x' * 10**6 %}{% set y = 'x' * 10**6 %}"
+LONG += "{% for i in range(9999) %}{% if BODY %}{% endif %}{% endfor %}"
+BODIES = {
+    "methods": "x.upper()",
+    "slices": "x[1:]",
+    "comparisons": "x == y",
+    "searches": "'y' in x",
+    "tests": "x is equalto(y)",
+    "filters": "x | upper",
+    "sums": "x + y",
+    "joined": "x ~ y",
+    "lists": "[x, y] == [y, x]",
+}
+BAD |= {
+    name: (LONG.replace("BODY", body), "more steps") for name, body in BODIES.items()
+}
 STEPS = {"two macros", "loops", "a filtered loop", "a recursive loop", "own text"}
 
 
@@ -148,6 +165,9 @@ def test_templates_that_grow_take_little_memory(name):
 
 
 GOOD = {
+    "{{ 'abcd'[1:3] }}{{ messages[:1] | length }}{{ messages[-1].role }}": "bc1user",
+    "{{ 1 < 2 < 3 }}{{ 'i' in 'Hi' }}{{ 'name' in messages[0] }}": "TrueTrueFalse",
+    "{{ x is defined }}{{ 3 is odd }}{{ 2 is in([1, 2]) }}": "FalseTrueTrue",
     "{{ messages | tojson(2) }}": '[{"role": "user", "content": "Hi"}]',
     "{{ messages[0] | tojson(indent=1) }}": '{\n "role": "user",\n "content": "Hi"\n}',
     "{{ {'b': 'é', 'a': 1} | tojson(true, sort_keys=true) }}": '{"a": 1, "b": "\\u00e9"}',

@@ -153,12 +153,14 @@ _GROWING = frozenset(
         "translate",
     )
 )
-# Filters that look at a sequence's items, not inside.
+# Filters and tests that look at a sequence's items, not inside.
 _SHALLOW = frozenset(
     (
         *("length", "count", "first", "last", "list", "map", "select", "reject"),
         *("selectattr", "rejectattr", "reverse", "default", "d", "items", "attr"),
         *("dictsort", "sort", "unique", "min", "max", "sum", "random", "groupby"),
+        *("defined", "undefined", "none", "string", "mapping", "iterable", "sequence"),
+        *("number", "boolean", "true", "false", "callable", "sameas"),
     )
 )
 
@@ -184,7 +186,10 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         self.filters = {
             name: self._paid(name, filter) for name, filter in self.filters.items()
         }
+        tests: dict[str, Any] = self.tests
+        self.tests = {name: self._paid(name, test) for name, test in tests.items()}
         self.filters["_written"] = self._written
+        self.filters["_read"] = self._read
         self.filters["_joined"] = lambda parts: "".join(map(str, parts))
         self.filters["_steps"] = self._steps
         self.globals["raise_exception"] = _refuse
@@ -200,6 +205,11 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     def _written(self, value: Any) -> Any:
         self.spend(_weight(value))
+        return value
+
+    def _read(self, value: Any) -> Any:
+        """For what is compared or cut: of a mapping only the keys are looked up."""
+        self.spend(_length(value) if isinstance(value, Mapping) else _weight(value))
         return value
 
     def metered(self, source: str) -> nodes.Template:
@@ -243,15 +253,14 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         """Every call in a template comes here: of macros, methods and globals."""
         runs = jinja2.runtime.Macro | jinja2.runtime.BlockReference
         self.spend(self.macro if isinstance(obj, runs) else CALL)
-        name = getattr(obj, "__name__", "")
+        name, owner = getattr(obj, "__name__", ""), getattr(obj, "__self__", None)
         if isinstance(obj, jinja2.runtime.LoopContext):  # of a recursive loop
             self.spend(MACRO)
             args = tuple(self._steps(arg, self.loop) for arg in args)
         elif name in _GROWING or isinstance(obj, type):  # dict and namespace
-            owner = getattr(obj, "__self__", None)
             self._pay(name, [owner, *args, *kwargs.values()])
         else:
-            self.spend(sum(map(_length, args)))
+            self.spend(sum(map(_length, (owner, *args))))
         return super().call(context, obj, *args, **kwargs)
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
@@ -298,6 +307,19 @@ class _Metered(jinja2.visitor.NodeTransformer):
         cost = _cost(node)
         self.generic_visit(node)
         node.iter = self._filtered(node.iter, "_steps", cost)
+        return node
+
+    def visit_Getitem(self, node: Any) -> Any:  # noqa: N802
+        self.generic_visit(node)
+        if isinstance(node.arg, nodes.Slice):
+            node.node = self._filtered(node.node, "_read")
+        return node
+
+    def visit_Compare(self, node: Any) -> Any:  # noqa: N802
+        self.generic_visit(node)
+        node.expr = self._filtered(node.expr, "_read")
+        for operand in node.ops:
+            operand.expr = self._filtered(operand.expr, "_read")
         return node
 
     def visit_Concat(self, node: Any) -> Any:  # noqa: N802
