@@ -300,8 +300,10 @@ def paged_attention(
     mask_mod: MaskMod | None = Causal(),
     score_mod: ScoreMod | None = None,
     scale: float | Float[Array, ""] | None = None,
+    sinks: Float[Array, " H"] | None = None,
+    return_lse: bool = False,
     kernel: str | None = None,
-) -> Float[Array, "R H E"]:
+) -> Any:
     """Attends to keys and values that lie in pages; appends nothing.
 
     Args:
@@ -309,7 +311,8 @@ def paged_attention(
             stands at its last key.
         k_pages: Keys of a pool of pages of ``P`` tokens.
         v_pages: Values of the same pages.
-        table: ``table[b, m]`` is the page with tokens ``m * P`` and on of sequence b.
+        table: ``table[b, m]`` is the page with tokens ``m * P`` and on of sequence b; -1
+            where there is none, and the mask lets no row see one of these tokens.
         lengths: Keys of each sequence. What lies beyond in its last page is not read.
         row_offsets: Where each sequence's rows begin; later rows are padding.
         k_scales: What keys that are codes are to be multiplied with; None for floats.
@@ -317,17 +320,24 @@ def paged_attention(
         mask_mod: Which of its sequence's keys a query may see.
         score_mod: A change of the scaled scores.
         scale: Defaults to ``D ** -0.5``.
+        sinks: For each query head, the score of one more key whose value is zero.
+        return_lse: Also return the natural logarithm of each row's sum of exponentials,
+            its sink's included; -inf for padding, and for a row that sees nothing.
         kernel: ``"native"`` or ``"jax"``; by default the first that can. Naming one
             turns "cannot" into an error.
 
     Returns:
-        The query's dtype; zeros in padding rows, and in rows that see no key.
+        The output ``(R, H, E)`` in the query's dtype: zeros in padding rows, and in rows
+        that see no key. With ``return_lse`` the pair of it and the log-sum-exp
+        ``(R, H)``. Derivatives of every kind reach the query, pages of floats, an array
+        scale, the sinks, and the arrays of floats that the score_mod carries or captures.
 
     Raises:
         ValueError: Shapes do not fit, or no kernel has this name.
         Unsupported: The kernel named cannot do what is asked.
-        jax.errors.JaxRuntimeError, ValueError: A page that is needed is not in the
-            pool. From the native kernel only; the other one reads nothing there.
+        jax.errors.JaxRuntimeError, ValueError: A sequence is longer than its pages, or a
+            page that is needed is not in the pool. Inside jit from the native kernel
+            only; the other one reads nothing there (`kernels.paged`).
     """
     query, k_pages, v_pages = (as_array(x) for x in (query, k_pages, v_pages))
     table, lengths, row_offsets = (as_array(x) for x in (table, lengths, row_offsets))
@@ -355,5 +365,7 @@ def paged_attention(
         mask_mod=mask_mod,
         score_mod=score_mod,
         scale=scale,
+        sinks=sinks,
+        return_lse=return_lse,
         kernel=kernel,
     )

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from .._manual_axes import same_manual_axes
 from ..block_mask import EMPTY, PARTIAL
@@ -55,12 +55,9 @@ def prepare(batch: Batch, rules: Rules) -> tuple[Problem, Fixed, Learned]:
 def _allow(batch: Batch, rows: Row, mask_mod: Any, *at: jax.Array) -> jax.Array:
     """The mask of rows and slots: whether the slot is one that the row may see."""
     _, h_idx, row, slot = at
-    table = batch.where.table
-    M, (N, P) = table.shape[1], (batch.pool.keys.shape[n] for n in (1, 3))
-    sequence, position = rows.sequence[row], slot % (M * P)
-    page = table[slot // (M * P), position // P]
-    allowed = (slot // (M * P) == sequence) & rows.real[row]
-    allowed &= (position < batch.keys[sequence]) & (page >= 0) & (page < N)
+    size = batch.where.table.shape[1] * batch.pool.keys.shape[3]  # slots of a sequence
+    sequence, position = rows.sequence[row], slot % size
+    allowed = (slot // size == sequence) & rows.real[row] & _held(batch)[slot]
     if mask_mod is not None:
         at = sequence, h_idx, rows.position[row], position
         allowed &= apply_mask(mask_mod, *at)
@@ -105,19 +102,33 @@ def run(
         batch = jax.lax.stop_gradient(batch)._replace(query=batch.query)
     rows, pool = Row.of(batch), append(batch)
     fixed = fixed._replace(plan=_plan(batch, rows, problem))
-    key, value = (_slots(batch, *x) for x in zip(pool[:2], pool[2:], strict=True))
-    inputs = Inputs(batch.query.swapaxes(0, 1)[None], key, value, None, sinks, learned)
+    held = _held(batch)
+    key, value = (_slots(batch, held, *x) for x in zip(pool[:2], pool[2:], strict=True))
+    query = jnp.where(rows.real[:, None, None], batch.query, 0).swapaxes(0, 1)[None]
+    inputs = Inputs(query, key, value, None, sinks, learned)
     fixed, inputs = same_manual_axes((fixed, inputs))
     out, lse = (x[0].swapaxes(0, 1) for x in blockwise._attend(problem, fixed, inputs))
     # A row that nobody owns has a sink, too, until here.
     return out, jnp.where(rows.real[:, None], lse, -jnp.inf), pool
 
 
-def _slots(batch: Batch, pages: jax.Array, scales: jax.Array | None) -> jax.Array:
-    """The table's pages one after another, ``(1, K, B * M * P, D)``."""
+def _held(batch: Batch) -> Bool[Array, " slots"]:
+    """The slots that hold a token of their sequence."""
+    table, (N, P) = batch.where.table, (batch.pool.keys.shape[n] for n in (1, 3))
+    position = jnp.arange(table.shape[1] * P, dtype=jnp.int32)[None]
+    there = jnp.repeat((table >= 0) & (table < N), P, axis=1)
+    return (there & (position < batch.keys[:, None])).reshape(-1)
+
+
+def _slots(
+    batch: Batch,
+    held: Bool[Array, " slots"],
+    pages: jax.Array,
+    scales: jax.Array | None,
+) -> jax.Array:
+    """The table's pages one after another, ``(1, K, B * M * P, D)``; 0 if not held."""
     where, N = batch.where, pages.shape[1]
-    # Entries that name no page bring one that `_allow` lets nobody see.
     at = where.layer, jnp.clip(where.table, 0, N - 1).reshape(-1)
     x = pages[at] if scales is None else dequantise(pages[at], scales[at])
     x = x.swapaxes(0, 1).reshape(1, x.shape[1], -1, x.shape[3])
-    return x.astype(batch.query.dtype)
+    return jnp.where(held[:, None], x, 0).astype(batch.query.dtype)
