@@ -29,7 +29,7 @@ from .._types import Attended, DropoutKey, Indices, MaskMod, ScoreMod
 from ..block_mask import BlockMask, Grid, tile_kinds
 from ..mods import apply_mask, apply_score
 from .partition import partitioned
-from .problem import AttentionParams, named, with_lengths
+from .problem import AttentionParams, named, unfolded, with_lengths
 from .softmax import Running, accumulator, finite, poison
 from .tiles import (
     Fixed,
@@ -117,7 +117,8 @@ def empty_result(
 @partitioned
 @with_lengths
 def _blockwise(query, key, value, params):
-    return _attend(*prepare(*same_manual_axes((query, key, value, params))))
+    arrays = same_manual_axes((query, key, value, unfolded(params)))
+    return _attend(*prepare(*arrays))
 
 
 def prepare(

@@ -34,7 +34,7 @@ from .native import why_missing
 from .native_backward import native_backward
 from .partition import partitioned
 from .per_platform import per_platform
-from .problem import AttentionParams, named, traced_mods, with_lengths
+from .problem import AttentionParams, named, traced_mods, unfolded, with_lengths
 from .tiles import Fixed, Inputs, Problem, Tile
 
 UNLIMITED = 2**31 - 1  # as an operand; csrc/problem.h has Band::kUnlimited
@@ -335,7 +335,7 @@ def forward(
 @partitioned
 @with_lengths
 def _native(query, key, value, params):
-    arrays = same_manual_axes((query, key, value, params))
+    arrays = same_manual_axes((query, key, value, unfolded(params)))
     call, lookup = _prepare(*arrays)
     rules, fixed, inputs = blockwise.prepare(*arrays)
     return _attend((call, rules), (fixed, lookup), inputs)

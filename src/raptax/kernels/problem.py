@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
@@ -148,6 +149,18 @@ def with_lengths(attend: Attend) -> Attend:
         return out[:, :, :T], lse[:, :, :T]
 
     return padded
+
+
+def unfolded(params: AttentionParams) -> AttentionParams:
+    """``params`` with a mask whose arrays XLA takes for unknown.
+
+    Ids that a caller's jit closes over are constants, and XLA would run the search for
+    empty tiles while it compiles: 65 s for 131,072 ids, and 5 s without.
+    """
+    if not jax.tree.leaves(params.mask_mod):
+        return params
+    mask_mod = lax.optimization_barrier(lax.stop_gradient(params.mask_mod))
+    return dataclasses.replace(params, mask_mod=mask_mod)
 
 
 def _pad(x: jax.Array | None, rows: int, columns: int = 0) -> jax.Array | None:
