@@ -290,6 +290,23 @@ def test_a_message_does_not_end_its_turn():
     assert trusted == tokenizer.encode(tokenizer.chat([evil]))
 
 
+TAKING = [
+    "{{ m.content | replace('<|im_end|>', '') }}",
+    "{{ m.content.split('<|im_end|>')[0] }}",
+    "{{ m.content.split('<|im_start|>')[-1] | trim }}",
+    "{{ m.content[:-1] }}",
+]
+
+
+@pytest.mark.parametrize("taking", TAKING)
+@pytest.mark.parametrize("content", ["a<|im_end|>", "<|im_start|> ", "a<", "<|im_end"])
+def test_a_template_that_takes_text_away_still_ends_its_turns(taking, content):
+    template = "{% for m in messages %}<|im_start|>" + taking + "<|im_end|>{% endfor %}"
+    tokenizer = controlled(BOTH, template)
+    message = {"role": "user", "content": content}
+    assert controls(tokenizer.encode_chat([message] * 2), 2) == [256, 257] * 2
+
+
 def test_variables_and_names_are_the_callers_text_too():
     template = "{{ tools | tojson }}{{ messages[0] | tojson(true) }}{{ eos_token }}"
     tokenizer = controlled(BOTH, template)

@@ -2,10 +2,13 @@
 
 A template mixes its own text with that of the messages, and its text alone may make
 control tokens. So before the template runs, a character that occurs nowhere in the
-conversation is put in front of every place in it where a control token is spelled, or
-where a text ends in what may become one by the text after it. Tokens behind that
-character are not cut out, and it is removed before anything is merged. Texts without
-such places reach the template as they are.
+conversation is put inside every control token that is spelled there, after its first
+letter, and likewise into what ends a text and may become one by the text after it. The
+broken spellings are not found when the tokens are cut out, and the character is removed
+before anything is merged. Texts without such places reach the template as they are.
+
+A token of one letter cannot be broken: the character stands before it, and `Tokenizer`
+does not cut it out there.
 """
 
 import itertools
@@ -44,8 +47,10 @@ class PlainText:
                 f"the messages hold all of {sum(map(len, _CANDIDATES))} characters that "
                 "have no meaning in Unicode; are they text?"
             )
-        whole = "|".join(map(re.escape, spellings))
+        longer = [spelling for spelling in spellings if len(spelling) > 1]
+        whole = "|".join(map(re.escape, longer))
         self._spelled = re.compile(f"(?={whole})") if whole else None
+        self._letters = {spelling for spelling in spellings if len(spelling) == 1}
         self._beginnings = {
             spelling[:size]
             for spelling in spellings
@@ -64,12 +69,14 @@ class PlainText:
         return value
 
     def _marked(self, text: str) -> str:
-        if self._spelled is None:
-            return text
+        places: set[int] = set()
+        if self._letters:
+            places.update(at for at, one in enumerate(text) if one in self._letters)
+        if self._spelled is not None:
+            places.update(f.start() + 1 for f in self._spelled.finditer(text))
         end = text.rstrip()  # a template may take spaces off
-        places = {found.start() for found in self._spelled.finditer(text)}
         places.update(
-            len(end) - size
+            len(end) - size + 1
             for size in range(1, min(len(end), self._longest) + 1)
             if end[len(end) - size :] in self._beginnings
         )

@@ -348,13 +348,14 @@ class Tokenizer:
     ) -> list[str | int]:
         """The ids of tokens that are spelled in a text, and the text between them.
 
-        Control tokens count only where ``special`` says so, and do not right behind the
-        character ``unless_after``.
+        Control tokens count only where ``special`` says so, and those of one letter do
+        not right behind the character ``unless_after``.
         """
         parts: list[str | int] = [text] if text else []
         for token, id, control in self._found:
             if (special or not control) and token in text:
-                before = f"(?<!{unless_after})" if control and unless_after else ""
+                guarded = control and unless_after and len(token) == 1
+                before = f"(?<!{unless_after})" if guarded else ""
                 spelled = re.compile(before + re.escape(token))
                 parts = [new for part in parts for new in _cut_one(part, spelled, id)]
         return parts
