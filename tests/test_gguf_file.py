@@ -217,7 +217,7 @@ def test_bad_files_say_why(reading, data, sentence):
     ("number", "stored"), [(17, "IQ2_XS"), (26, "I32"), (99, "encoding 99")]
 )
 def test_tensors_of_other_encodings_stop_no_file(reading, number, stored):
-    """They are told apart, so that whoever needs one can refuse it by name."""
+    """They are kept apart, so that a loader that needs one refuses it by name."""
     table = [tensor("a", (256,), number), tensor("b", offset=32)]
     file = reading(file_of([], table, bytes(256)))
     assert (list(file.tensors), file.unreadable) == (["b"], {"a": stored})

@@ -40,7 +40,7 @@ def _one_sentence() -> Iterator[None]:
     """Turns what the user can mend into one line and exit status 2."""
     try:
         yield
-    except BrokenPipeError:  # whoever reads has enough: typer ends quietly
+    except BrokenPipeError:  # the reader closed the pipe: typer exits with 1
         raise
     except (ValueError, OSError, MemoryError) as error:
         _err.print("[red]raptax:[/red]", end=" ")

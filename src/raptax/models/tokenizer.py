@@ -301,7 +301,7 @@ class Tokenizer:
         variables: Mapping[str, Any] | None = None,
         special: bool = False,
     ) -> list[int]:
-        """The ids of what `chat` writes, with one `bos_id` whoever puts it there.
+        """The ids of what `chat` writes, with `bos_id` first once, if at all.
 
         Args:
             messages, add_generation_prompt, variables: As `chat` takes them.
