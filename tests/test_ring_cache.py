@@ -1,4 +1,4 @@
-"""A ring forgets rejected drafts, or says that it cannot."""
+"""Rings and contiguous caches forget rejected drafts, or say that they cannot."""
 
 import dataclasses
 import functools
@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from raptax import SlidingWindow, attention
-from raptax.caches.contiguous import Partition
-from raptax.caches.held import Rules
+from raptax.caches.contiguous import ContiguousKVCache, Partition
+from raptax.caches.held import Rules, attend
 from raptax.caches.kv_quant import KVQuantization
 from raptax.caches.ring import RingKVCache
 
@@ -124,3 +124,29 @@ def test_a_ring_can_be_donated():
     cache = ring(1)
     step = jax.jit(lambda c, x: feed(c, x)[1], donate_argnums=0)
     np.testing.assert_array_equal(step(cache, rows(2)).written, [2, 2])
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_a_contiguous_cache_forgets_drafts(traced):
+    """Of both sequences, by numbers of their own."""
+    part = functools.partial(Partition.create, dtype=jnp.float32)
+    cache = ContiguousKVCache.create(part((B, 4, H, D)), part((B, 6, H, D)))
+    q, k, v = rows(8)
+    drafts = rows(8, seed=5)
+    cache = cache.with_prompt(k[:, :4], v[:, :4])
+    for n in range(2):  # one token that stays, and one of the drafts
+        cache = cache.append_ragged(k[:, 4 + n : 5 + n], v[:, 4 + n : 5 + n])
+    for n in range(3):
+        cache = cache.append_ragged(*(x[:, n : n + 1] for x in drafts[1:]))
+    back = jax.jit(ContiguousKVCache.truncate) if traced else ContiguousKVCache.truncate
+    cache = back(cache, jnp.asarray([1, 2], jnp.int32))
+    np.testing.assert_array_equal(cache.next_positions, [5, 6])
+    put = lambda x: jnp.stack([x[0, 5:6], x[1, 6:7]])
+    cache = cache.append_ragged(put(k), put(v))
+    at = jnp.asarray([[5], [6]], jnp.int32)
+    rules = Rules(mask_mod=SlidingWindow(WINDOW), kernel="blockwise")
+    out = attend(put(q).swapaxes(1, 2), cache.held(jnp.float32), at, rules)[:, :, 0]
+    expected = np.stack([whole(8)[0, 5], whole(8)[1, 6]])
+    np.testing.assert_allclose(out, expected, rtol=0, atol=2e-6)
+    with pytest.raises(ValueError, match="must lie between 0 and those"):
+        cache.truncate([3, 3])

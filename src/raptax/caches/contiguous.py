@@ -148,6 +148,18 @@ class Partition:
         return x.transpose([self.axis_order.index(axis) for axis in (0, 2, 1, 3)])
 
 
+def check_shorter(new: Int[Array, " sequences"], lengths: Int[Array, " B"]) -> None:
+    """Raises ValueError for new lengths that are not between 0 and the old, if known."""
+    if any(isinstance(x, jax.core.Tracer) for x in (new, lengths)):
+        return
+    wanted, held = np.asarray(new), np.asarray(lengths)
+    if wanted.shape != held.shape or ((wanted < 0) | (wanted > held)).any():
+        raise ValueError(
+            f"lengths={wanted.tolist()} must lie between 0 and those of the "
+            f"{len(held)} sequences, {held.tolist()}."
+        )
+
+
 @pytree
 class ContiguousKVCache:
     """Prompts and what was generated after them, for a batch of sequences.
@@ -244,6 +256,30 @@ class ContiguousKVCache:
         generated = self.generated.put(key, value, segment_ids, slots)
         return dataclasses.replace(
             self, generated=generated, index=self.index + 1, lengths=self.lengths + 1
+        )
+
+    def truncate(
+        self, lengths: Sequence[int] | Int[Array, " B"]
+    ) -> "ContiguousKVCache":
+        """Forgets the generated tokens of ``b`` from ``lengths[b]`` on: rejected drafts.
+
+        Their slots are empty, and written again by `append_ragged`, or by `append` if
+        all lengths are equal.
+
+        Raises:
+            ValueError: A sequence has fewer tokens. Where numbers are traced, it keeps
+                these.
+        """
+        new = jnp.asarray(lengths, jnp.int32)
+        check_shorter(new, self.lengths)
+        new = jnp.minimum(new, self.lengths)
+        later = jnp.arange(self.generated.slots, dtype=jnp.int32)[None] >= new[:, None]
+        ids = jnp.where(later, 0, self.generated.segment_ids)
+        return dataclasses.replace(
+            self,
+            generated=dataclasses.replace(self.generated, segment_ids=ids),
+            index=new.max(keepdims=True),
+            lengths=new,
         )
 
     @property

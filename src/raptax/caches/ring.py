@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from .._pytree import pytree, static
-from .contiguous import ACTIVE, Partition
+from .contiguous import ACTIVE, Partition, check_shorter
 from .held import Held, Rules, attend
 
 
@@ -113,14 +113,7 @@ class RingKVCache:
                 these, and `rolled_back_too_far` says the other.
         """
         new = jnp.asarray(lengths, jnp.int32)
-        if not any(isinstance(x, jax.core.Tracer) for x in (new, self.lengths)) and (
-            new.shape != self.lengths.shape
-            or bool(((new < 0) | (new > self.lengths)).any())
-        ):
-            raise ValueError(
-                f"lengths={new.tolist()} must lie between 0 and those of the "
-                f"{self.lengths.shape[0]} sequences, {self.lengths.tolist()}."
-            )
+        check_shorter(new, self.lengths)
         return dataclasses.replace(self, lengths=jnp.minimum(new, self.lengths))
 
     def held(self, dtype: DTypeLike) -> Held:
