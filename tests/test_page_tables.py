@@ -22,6 +22,7 @@ from raptax import (
 )
 from raptax._types import position_indices
 from raptax.kernels import native
+from raptax.maxtext import ragged_paged_attention
 from tests.instruction_sets import REFUSED
 
 H, K, D, P = 4, 2, 8, 4
@@ -330,6 +331,10 @@ def test_forks_that_cannot_be():
         with pytest.raises(ValueError, match=named):
             cache.fork(*arguments)
     np.testing.assert_array_equal(cache.fork(0, 2, 5).table[2], [0, 5, -1, -1])
+    full = cache.with_tables([[0, 1, 2, 3], [4], []], [16, 1, 0])
+    with pytest.raises(ValueError, match="sequence 0 fills all 4 pages"):
+        full.fork(0, 2, 5)
+    np.testing.assert_array_equal(full.fork(0, 2).table[2], [0, 1, 2, 3])
 
 
 @KERNELS
@@ -419,3 +424,25 @@ def test_pages_shared_by_two_are_read_by_paged_attention():
         row_offsets=jnp.arange(3, dtype=jnp.int32),
     )
     close(out, jnp.concatenate([dense(rows)[-1:]] * 2))
+
+
+@BUILT
+@pytest.mark.parametrize("page", [-1, 3])
+def test_interleaved_pages_are_not_clamped_to_another(page):
+    """A page that is needed and missing was read as page 0, or the last one."""
+    pages = numbers(3, P, 2 * K, D)
+    where = dict(
+        kv_lens=jnp.asarray([7], jnp.int32),
+        cu_q_lens=jnp.asarray([0, 1], jnp.int32),
+        num_seqs=jnp.asarray([1], jnp.int32),
+    )
+    run = lambda first, **options: ragged_paged_attention(
+        numbers(1, H, D),
+        pages,
+        page_indices=jnp.asarray([[first, 1]], jnp.int32),
+        **where,
+        **options,
+    )
+    with pytest.raises(REFUSED, match=r"table\[0, 0\]=-1 is needed"):
+        jax.block_until_ready(run(page))
+    np.testing.assert_array_equal(run(page, sliding_window=3), run(2, sliding_window=3))

@@ -24,6 +24,7 @@ from .._types import MaskMod, ScoreMod
 from ..kernels import paged
 from ..mods import Causal
 from ..quant.rows import is_code
+from .contiguous import check_shorter
 from .page_allocator import NO_PAGE
 from .page_allocator import PageAllocator as PageAllocator
 from .params import KVCacheParams, KVCacheStrategy, check_strategy
@@ -289,7 +290,12 @@ class PagedKVCache:
         others = np.delete(table, child, axis=0)
         if page != NO_PAGE and (not 0 <= page < N or (others == page).any()):
             raise ValueError(f"page={page} must be one of {N} that no sequence holds.")
-        if lengths[parent] % self.page_size and page == NO_PAGE:
+        full, half = divmod(int(lengths[parent]), self.page_size)
+        if page != NO_PAGE and full == table.shape[1]:
+            raise ValueError(
+                f"page={page} has no place: sequence {parent} fills all {full} pages."
+            )
+        if half and page == NO_PAGE:
             raise ValueError(
                 f"the last page of sequence {parent} is half full and has to be copied: "
                 "fork(..., page=) must name a free one."
@@ -307,14 +313,10 @@ class PagedKVCache:
                 numbers are traced, a sequence with fewer tokens keeps these.
         """
         new = jnp.asarray(lengths, jnp.int32)
+        check_shorter(new, self.lengths)
         known = [_known(x) for x in (new, self.lengths, self.table)]
         if all(x is not None for x in known):
-            wanted, held, table = known
-            if wanted.shape != held.shape or ((wanted < 0) | (wanted > held)).any():
-                raise ValueError(
-                    f"lengths={wanted.tolist()} must lie between 0 and those of the "
-                    f"{len(held)} sequences, {held.tolist()}."
-                )
+            wanted, _, table = known
             for row, length in zip(table.tolist(), wanted.tolist(), strict=True):
                 self._check_pages(row, length)
             _check_shared(table, wanted, self.page_size)
@@ -343,12 +345,12 @@ def _known(x: Any) -> Any:
 
 def _check_shared(table: Any, lengths: Any, page_size: int) -> None:
     """Raises ValueError if two sequences hold a page that one of them may write to."""
-    entries = np.arange(table.shape[1])
-    open_ = (entries[None] + 1) * page_size > lengths[:, None]
-    for b, m in np.argwhere(open_ & (table != NO_PAGE)):
+    pages, owners = np.unique(table[table != NO_PAGE], return_counts=True)
+    ends = np.arange(1, table.shape[1] + 1) * page_size
+    written = (ends > lengths[:, None]) & np.isin(table, pages[owners > 1])
+    for b, m in np.argwhere(written)[:1]:
         others = np.flatnonzero((table == table[b, m]).any(1))
-        if len(others) > 1:
-            raise ValueError(
-                f"page {table[b, m]} is held by sequences {others.tolist()}, and "
-                f"{b} would write to it; give that one a copy of its own (`fork`)."
-            )
+        raise ValueError(
+            f"page {table[b, m]} is held by sequences {others.tolist()}, and {b} would "
+            "write to it; give that one a copy of its own (`fork`)."
+        )

@@ -40,7 +40,8 @@ def ragged_paged_attention(
         kv_pages: See the module; any dtype.
         kv_lens: Keys of each sequence, the rows' own included.
         page_indices: The pages of each sequence, in order; entries that are not needed
-            may hold anything.
+            may hold anything. One that is needed and names no page is refused; see
+            `paged_attention`.
         cu_q_lens: Where each sequence's rows begin; later rows are padding.
         num_seqs: How many sequences there are; those behind are not looked at.
         sm_scale: Of the scores.
@@ -73,7 +74,8 @@ def ragged_paged_attention(
     k, v = (
         _pages(few[:, :, n::2], q.dtype, s) for n, s in ((0, k_scale), (1, v_scale))
     )
-    table = jnp.arange(B * M, dtype=jnp.int32).reshape(B, M)
+    table = jnp.arange(B * M, dtype=jnp.int32)
+    table = jnp.where(page_indices.reshape(-1) == flat, table, -1).reshape(B, M)
     rule = Causal() if sliding_window is None else SlidingWindow(sliding_window)
     change = SoftCap(float(soft_cap)) if soft_cap else None
     options: dict[str, Any] = dict(mask_mod=rule, score_mod=change)
