@@ -393,6 +393,24 @@ def test_a_page_that_is_not_needed_may_be_anything(page):
     np.testing.assert_array_equal(out, good)
 
 
+@pytest.mark.parametrize("new", [(1, 0, 3), (40, 1, 70)])
+@pytest.mark.parametrize("stored", [jnp.float32, jnp.bfloat16, jnp.int8])
+def test_pages_that_a_program_masks_may_be_missing(stored, new):
+    """Parts of blocks, whole blocks and whole splits of keys; heads of odd sizes."""
+    sizes = dict(D=40, E=24, P=16, H=4)
+    batch = Batch((600, 3, 2500), new, dtype=jnp.bfloat16, stored=stored, **sizes)
+    mask_mod = SinkWindow(4, 90)
+    good, _ = run(batch, mask_mod=mask_mod)
+    cache = batch.cache()
+    table = cache.table.at[0, 1:31].set(-1).at[2, 1:150].set(-1)
+    seen = dataclasses.replace(batch.cache(), table=table.at[0, 32].set(-1))
+    cache = dataclasses.replace(cache, table=table)
+    out, _ = run(batch, cache=cache, mask_mod=mask_mod)
+    np.testing.assert_array_equal(numbers(out), numbers(good))
+    with pytest.raises(REFUSED, match=r"table\[0, 32\]=-1 is needed for tokens 512"):
+        jax.block_until_ready(run(batch, cache=seen, mask_mod=mask_mod))
+
+
 def test_lengths_that_the_pages_cannot_hold():
     batch = Batch()
     cache = batch.cache()
@@ -563,6 +581,7 @@ for name in ("mixed", "splits", "chunks", "odd sizes", "large group"):
 for stored in (*t.FLOATS, *t.CODES):
     t.agree(t.Batch(dtype=jnp.bfloat16, stored=stored, new=(1, 40, 3, 0), H=12))
 t.agree(t.Batch(stored=jnp.float16, new=(1, 40, 3, 0)), **t.RULES["all"])
+t.test_pages_that_a_program_masks_may_be_missing(jnp.bfloat16, (40, 1, 70))
 print("agrees")
 """
 
