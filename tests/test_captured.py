@@ -11,7 +11,12 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raptax import attention, create_block_mask, linear_attention
+from raptax import (
+    attention,
+    create_block_mask,
+    linear_attention,
+    paged_attention,
+)
 from raptax.kernels import native
 from raptax.mods import (
     Causal,
@@ -142,6 +147,46 @@ def test_two_gradients_through_one_function_that_captures_a_parameter(kernel):
     for seed in range(2):
         given = numbers(2, 9, seed=seed)
         close(*(jax.grad(loss)(given, name) for name in (kernel, "reference")))
+
+
+@pytest.mark.parametrize("kernel", [NATIVE, "jax"])
+def test_pages_see_what_is_captured_now(kernel):
+    pages = numbers(3, 2, 4, 4, seed=5)
+    shift = 0.0
+    change = lambda scores, b_idx, h_idx, q_idx, kv_idx: (
+        scores + shift * kv_idx.astype(scores.dtype)
+    )
+    where = dict(
+        table=jnp.array([[0, 1, 2]], jnp.int32),
+        lengths=jnp.array([9], jnp.int32),
+        row_offsets=jnp.array([0, 9], jnp.int32),
+    )
+    keys = pages.swapaxes(0, 1).reshape(1, 2, 12, 4)[:, :, :9]
+    for shift in (0.0, 1.0):
+        rows = Q[0].swapaxes(0, 1)
+        out = paged_attention(
+            rows, pages, pages, score_mod=change, kernel=kernel, **where
+        )
+        wanted = attention(
+            Q, keys, keys, mask_mod=Causal(), score_mod=change, kernel="reference"
+        )
+        close(out, wanted[0].swapaxes(0, 1))
+
+
+@pytest.mark.parametrize("kernel", [NATIVE, "blockwise", "reference"])
+def test_a_masked_key_that_is_not_finite_teaches_nothing(kernel):
+    """``0 * NaN`` in the derivative of a score that is masked."""
+    keys = K.at[:, :, 7:].set(jnp.nan)
+
+    def loss(scale, factors, k):
+        change = lambda s, b_idx, h_idx, q_idx, kv_idx: s * factors[h_idx]
+        options = dict(scale=scale, score_mod=change, key_lengths=[7], kernel=kernel)
+        return jnp.sin(attention(Q, k, V, **options)).sum()
+
+    gradients = jax.grad(loss, (0, 1))
+    actual = gradients(jnp.float32(0.3), jnp.ones(2), keys)
+    for a, e in zip(actual, gradients(jnp.float32(0.3), jnp.ones(2), K), strict=True):
+        close(a, e)
 
 
 def test_a_feature_map_may_change():

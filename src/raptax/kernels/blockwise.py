@@ -269,6 +269,8 @@ class Weights(NamedTuple):
         base = fixed.scaled(times_keys(q, columns.keys)) + columns.nan[:, :, None]
         if inputs.bias is not None:
             base += problem.of_tile(inputs.bias, i, j).astype(base.dtype)
+        if allowed is not None:  # or a masked NaN reaches what a score_mod learns
+            base = jnp.where(allowed, base, 0)
 
         def scores(learned: list[jax.Array], base: jax.Array) -> jax.Array:
             changed = problem.scores(fixed, learned, base, at)

@@ -63,13 +63,14 @@ def reference_attention(
         scores = scores + bias.astype(dtype)
     kv_idx = jnp.arange(S, dtype=jnp.int32)
     indices = position_indices(B, H, query_positions(query_start, T, S), kv_idx)
-    if score_mod is not None:
-        scores = apply_score(as_mod(score_mod), scores, *indices)
     allowed = jnp.ones((B, H, T, S), bool)
     if mask is not None:
         allowed &= mask
     if mask_mod is not None:
         allowed &= apply_mask(as_mod(mask_mod), *indices)
+    if score_mod is not None:  # which learns nothing from what is masked, NaN or not
+        scores = jnp.where(allowed, scores, 0)
+        scores = apply_score(as_mod(score_mod), scores, *indices)
 
     scores = jnp.where(allowed, scores, -jnp.inf)
     high = jax.lax.stop_gradient(scores.max(-1, keepdims=True, initial=-jnp.inf))
