@@ -162,7 +162,7 @@ def test_pages_see_what_is_captured_now(kernel):
         row_offsets=jnp.array([0, 9], jnp.int32),
     )
     keys = pages.swapaxes(0, 1).reshape(1, 2, 12, 4)[:, :, :9]
-    for shift in (0.0, 1.0):
+    for shift in (0.0, 1.0):  # noqa: B007
         rows = Q[0].swapaxes(0, 1)
         out = paged_attention(
             rows, pages, pages, score_mod=change, kernel=kernel, **where
@@ -180,7 +180,9 @@ def test_a_masked_key_that_is_not_finite_teaches_nothing(kernel):
 
     def loss(scale, factors, k):
         change = lambda s, b_idx, h_idx, q_idx, kv_idx: s * factors[h_idx]
-        options = dict(scale=scale, score_mod=change, key_lengths=[7], kernel=kernel)
+        options = dict(
+            scale=scale, score_mod=change, key_lengths=jnp.array([7]), kernel=kernel
+        )
         return jnp.sin(attention(Q, k, V, **options)).sum()
 
     gradients = jax.grad(loss, (0, 1))

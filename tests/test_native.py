@@ -304,3 +304,60 @@ def test_a_block_mask_decides_which_tiles_are_worked_on():
         mask.lengths,
     )
     assert (native_attention(q, k, v, mask_mod=nothing) == 0).all()
+
+
+# ---------------------------------------------------------------------------------- vmap
+
+
+def mapped_options(p: Problem) -> dict[str, tuple[dict, tuple[str, ...]]]:
+    """Options, and the names of those that are mapped."""
+    starts = jnp.array([0, 3, 5], jnp.int32)
+    bias = jnp.asarray(p.random(3, p.B, p.H, 1, p.S), jnp.float32)
+    ids = jnp.asarray(np.arange(p.S)[None] // 9 + np.zeros((p.B, 1)), jnp.int32)
+    return {
+        "window and cap": (
+            dict(mask_mod=SlidingWindow(5), score_mod=raptax.SoftCap(3.0)),
+            (),
+        ),
+        "own starts": (dict(query_start=starts, mask_mod=Causal()), ("query_start",)),
+        "own bias": (dict(bias=bias), ("bias",)),
+        "shared mask": (dict(mask=bias[0, :1, :1] > 0), ()),
+        "shared ids": (dict(segment_ids=ids), ()),
+        "dropout": (
+            dict(dropout_rng=jax.random.key(0), dropout_rate=0.3, deterministic=False),
+            (),
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", mapped_options(Problem("mapped")))
+def test_vmap_is_a_call_for_each(name):
+    """Folded into the axis of sequences, or one after another where that is wrong."""
+    p = Problem("mapped", B=2, H=2, K=1, T=33, S=33)
+    options, mapped = mapped_options(p)[name]
+    q, k, _ = (jnp.stack([x, 2 * x, -x]) for x in p.arrays(jnp.float32))
+    v = p.arrays(jnp.float32)[2]
+    along = {key: options[key] for key in mapped}
+    shared = {key: x for key, x in options.items() if key not in mapped}
+
+    def both(q, k, v, along):
+        call = lambda *x: raptax.attention(*x, kernel="native", **shared, **along)
+        out, pull = jax.vjp(call, q, k, v)
+        return out, pull(jnp.sin(out))
+
+    actual = jax.vmap(both, in_axes=(0, 0, None, 0))(q, k, v, along)
+    for n in range(3):
+        expected = both(q[n], k[n], v, jax.tree.map(lambda x, n=n: x[n], along))
+        for a, e in zip(*map(jax.tree.leaves, (actual, expected)), strict=True):
+            np.testing.assert_allclose(a[n], e, rtol=0, atol=1e-6)
+
+
+def test_vmap_of_what_treats_sequences_alike_is_one_call():
+    x = jnp.ones((3, 2, 2, 9, 4))
+    one = jax.vmap(lambda x: raptax.attention(x, x, x, kernel="native"))
+    assert " while(" not in jax.jit(one).lower(x).compile().as_text()
+    ids = jnp.zeros((2, 9), jnp.int32)  # read by the number of a sequence
+    several = jax.vmap(
+        lambda x: raptax.attention(x, x, x, kernel="native", segment_ids=ids)
+    )
+    assert " while(" in jax.jit(several).lower(x).compile().as_text()

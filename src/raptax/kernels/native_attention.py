@@ -23,6 +23,7 @@ from ..block_mask import BlockMask, Grid, tile_kinds
 from ..mods import Causal, SlidingWindow, Window
 from ..mods.combine import And
 from . import blockwise
+from .mod_code import NUMBER
 from .mod_program import (
     NOTHING,
     ModProgram,
@@ -349,6 +350,25 @@ def _attend(static: tuple[Call, Problem], arrays: tuple[Fixed, Lookup], inputs: 
         lambda fixed, lookup, inputs: blockwise.forward(rules, fixed, inputs),
         *arrays,
         inputs,
+        folds=_folds(call, *arrays, inputs),
+    )
+
+
+def _folds(call: Call, fixed: Fixed, lookup: Lookup, inputs: Inputs) -> Any:
+    """Which arrays have an axis of sequences, if the call treats sequences alike.
+
+    Dropout and some mods do not: they depend on the number of a sequence.
+    """
+    programs = [p for p in (call.mask, call.score, call.slope, call.scaled) if p]
+    numbered = any(NUMBER["Sequence"] in code[::4] for code, _ in programs)
+    if numbered or fixed.dropout is not None:
+        return None
+    mark = lambda x: None if x is None else True
+    marks: Any = jax.tree.map(lambda x: False, (fixed, lookup, inputs))
+    return (
+        marks[0]._replace(start=True, mask=mark(fixed.mask)),
+        marks[1]._replace(kinds=mark(lookup.kinds)),
+        marks[2]._replace(query=True, key=True, value=True, bias=mark(inputs.bias)),
     )
 
 
@@ -388,7 +408,20 @@ def _backward(call: Call, problem: Problem, residuals, cotangents) -> Inputs:
         functools.partial(_plain_backward, problem),
         residuals,
         cotangents,
+        folds=_backward_folds(call, residuals),
     )
+
+
+def _backward_folds(call: Call, residuals: tuple[blockwise.Known, Lookup]) -> Any:
+    """As `_folds`, if no gradient is summed over sequences."""
+    (fixed, inputs, _, _), lookup = residuals
+    folds = _folds(call, fixed, lookup, inputs)
+    if folds is None or inputs.bias is not None or inputs.sinks is not None:
+        return None
+    if inputs.learned:
+        return None
+    found: Any = (True, True)
+    return (blockwise.Known(folds[0], folds[2], *found), folds[1]), found
 
 
 def _native_backward(call: Call, problem: Problem, residuals, cotangents) -> Inputs:
