@@ -206,3 +206,41 @@ def test_jit_and_vmap_over_the_door():
     stacked = [jnp.stack([x, x]) for x in (q, k, v)]
     mapped = jax.vmap(lambda q, k, v: attention(q, k, v, mask_mod=Causal()))
     np.testing.assert_allclose(mapped(*stacked)[1], expected, atol=1e-6)
+
+
+TABLE = jnp.arange(40, dtype=jnp.uint32)
+HARD_TO_SAY = {
+    "int8 cast": lambda b, h, q, k: q.astype(jnp.int8) - k.astype(jnp.int8) < 5,
+    "uint8 table": lambda b, h, q, k: TABLE.astype(jnp.uint8)[q] >= k.astype(jnp.uint8),
+    "uint32 rem": lambda b, h, q, k: TABLE[q] % jnp.uint32(3) == 0,
+    "uint32 max": lambda b, h, q, k: jnp.maximum(TABLE[q], k.astype(jnp.uint32)) < 30,
+    "uint32 float": lambda b, h, q, k: TABLE[k].astype(jnp.float32) < 20,
+    "sort": lambda b, h, q, k: jnp.sort(k, axis=-1) <= q,
+}
+
+
+@pytest.mark.parametrize("name", HARD_TO_SAY)
+def test_what_explain_says_is_what_a_call_does(name):
+    """The call never raises what another kernel could have done."""
+    x, mask_mod = jnp.linspace(-1, 1, 640).reshape(1, 2, 40, 8), HARD_TO_SAY[name]
+    verdict = explain(x, x, x, mask_mod=mask_mod).splitlines()[0]
+    if "cannot" in verdict:
+        with pytest.raises(Unsupported, match="native"):
+            attention(x, x, x, mask_mod=mask_mod, kernel="native")
+    else:
+        attention(x, x, x, mask_mod=mask_mod, kernel="native")
+    wanted = attention(x, x, x, mask_mod=mask_mod, kernel="reference")
+    np.testing.assert_allclose(attention(x, x, x, mask_mod=mask_mod), wanted, atol=1e-5)
+    if name == "sort":
+        return  # pages are not whole sequences
+    pages = x[0].reshape(2, 10, 4, 8).swapaxes(0, 1)
+    out = paged_attention(
+        x[0].swapaxes(0, 1),
+        pages,
+        pages,
+        table=jnp.arange(10, dtype=jnp.int32)[None],
+        lengths=jnp.array([40], jnp.int32),
+        row_offsets=jnp.array([0, 40], jnp.int32),
+        mask_mod=mask_mod,
+    )
+    np.testing.assert_allclose(out.swapaxes(0, 1)[None], wanted, atol=1e-5)
