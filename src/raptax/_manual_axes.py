@@ -11,7 +11,8 @@ def same_manual_axes(tree: Any) -> Any:
     """``tree`` with every array varying over the mesh axes that any of them does.
 
     Loops start from zeros made like these arrays, and must end with the same type. A
-    gradient of what varied over fewer axes is summed over the others, once, here.
+    gradient of what varied over fewer axes is summed over the others, once, here, in
+    float32 at least.
     """
     if not jax.sharding.get_abstract_mesh().manual_axes:
         return tree
@@ -19,8 +20,11 @@ def same_manual_axes(tree: Any) -> Any:
     zero = functools.reduce(jnp.add, zeros, jnp.int32(0))
 
     def vary(x: jax.Array) -> jax.Array:
-        like = zero.astype(x.dtype)
-        return x | like if x.dtype == bool else x + like
+        if x.dtype == bool:
+            return x | zero.astype(bool)
+        narrow = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
+        wide = x.astype(jnp.float32) if narrow else x
+        return (wide + zero.astype(wide.dtype)).astype(x.dtype)
 
     return jax.tree.map(vary, tree)
 
