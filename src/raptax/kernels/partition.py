@@ -4,7 +4,8 @@ Sequences and heads do not look at each other, so where these axes are sharded e
 device attends to its own, in a `jax.shard_map` without communication. What cannot be kept
 is gathered beforehand: sharded lengths and head sizes, heads of which some device would
 hold a part of a group only, and everything where weights are dropped, as dropout is a
-function of the numbers that sequences and heads have in the whole.
+function of the numbers that sequences and heads have in the whole, or where a plain
+function captures an array of such a mesh, which JAX traces on that mesh alone.
 """
 
 import dataclasses
@@ -23,6 +24,7 @@ from .._pytree import pytree
 from ..block_mask import BlockMask
 from ..mods import Causal, SlidingWindow, Window
 from ..mods.combine import And, Mask
+from ..mods.functions import TracedFunction
 from .problem import AttentionParams
 
 Attend = Callable[..., tuple[jax.Array, jax.Array]]
@@ -62,7 +64,8 @@ def partitioned(attend: Attend) -> Attend:
 
 def _split(mesh: Any, arrays: Any, params: AttentionParams) -> Split:
     """Axes of the mesh that query, key or value are cut along, as far as these divide."""
-    if params.dropout is not None:
+    mods = params.mask_mod, params.score_mod
+    if params.dropout is not None or _captures_explicit(mods):
         return Split((), ())
     explicit = [
         name
@@ -84,6 +87,17 @@ def _split(mesh: Any, arrays: Any, params: AttentionParams) -> Split:
     sequences = axes(0, query.shape[0])
     heads = axes(1, query.shape[1], key.shape[1])
     return Split(sequences, tuple(name for name in heads if name not in sequences))
+
+
+def _captures_explicit(mods: Any) -> bool:
+    """Whether a plain function in ``mods`` captures an array of explicit axes."""
+    traced = lambda node: isinstance(node, TracedFunction)
+    captured = [
+        jax.typeof(x).sharding.mesh
+        for node in filter(traced, jax.tree.leaves(mods, is_leaf=traced))
+        for x in node.program.source()[1]
+    ]
+    return any(AxisType.Explicit in mesh.axis_types for mesh in captured)
 
 
 def _on_each_device(
