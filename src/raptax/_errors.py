@@ -69,6 +69,8 @@ def check_qkv(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
 
 def _swapped_axes(query: tuple[int, ...], key: tuple[int, ...]) -> str:
     """A question, if heads and lengths look swapped: few of what should be many."""
+    if not all(isinstance(n, int) for n in (*query, *key)):
+        return ""  # symbolic
     lengths = [shape[2] for shape in (query, key)]
     heads = [shape[1] for shape in (query, key)]
     if max(lengths) <= MOST_HEADS and max(heads) >= 2 * max(lengths) > 0:
