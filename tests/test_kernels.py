@@ -304,7 +304,7 @@ def test_rebuilt_mods_trace_once():
         attend(q, k, v, SlidingWindow(4) & Causal(), SoftCap(3.0))
     assert len(traces) == 1
     other = attend(q, k, v, SlidingWindow(9) & Causal(), SoftCap(3.0))
-    assert len(traces) == 2
+    assert len(traces) == 1  # numbers are operands
     assert (other != attend(q, k, v, SlidingWindow(4) & Causal(), SoftCap(3.0))).any()
 
 

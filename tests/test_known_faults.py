@@ -16,7 +16,7 @@ import pytest
 import raptax
 from raptax import Causal, Documents, SlidingWindow, SoftCap, attention
 from raptax._types import position_indices
-from raptax.kernels import native
+from raptax.kernels import native, reference_attention
 from raptax.quant.rows import dequantise, quantise
 
 ELSEWHERE = {
@@ -449,7 +449,7 @@ def test_position_indices_are_what_a_mod_sees():
         seen.append(at)
         return at[3] <= at[2]
 
-    attention(*qkv(T=2, S=6), mask_mod=mask_mod, kernel="reference")
+    reference_attention(*qkv(T=2, S=6), mask_mod=mask_mod)
     q_idx = jnp.arange(4, 6, dtype=jnp.int32)[None]
     expected = position_indices(1, 2, q_idx, jnp.arange(6, dtype=jnp.int32))
     for a, e in zip(seen[-1], expected, strict=True):

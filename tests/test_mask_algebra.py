@@ -17,7 +17,7 @@ from jax import export, lax
 import raptax
 from raptax import attention, create_block_mask
 from raptax._types import position_indices
-from raptax.kernels import blockwise
+from raptax.kernels import blockwise, tiles
 from raptax.kernels.tiles import Tile
 from tests.test_block_mask import LEAVES, grow
 
@@ -110,7 +110,7 @@ def with_small_tiles(block, *args, **options):
         # Without its cache of programs, which does not know that it has been changed.
         patch.setattr(blockwise, "_blockwise", blockwise._blockwise.__wrapped__)
         patch.setattr(blockwise, "tile_sizes", small)
-        patch.setattr(blockwise, "MANY_TILES", 0)
+        patch.setattr(tiles, "MANY_TILES", 0)
         return attention(*args, **options)
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from raptax import (
     Causal,
+    KeyLengths,
     KVCacheParams,
     PagedKVCache,
     SlidingWindow,
@@ -286,7 +287,7 @@ def test_gradients_of_small_floats(kernel, dtype):
 def test_sinks_where_no_key_is_seen(kernel):
     """The output is 0, and the log-sum-exp the sink; -inf is no sink at all."""
     x = arguments()
-    nothing = dict(mask_mod=SlidingWindow(0))
+    nothing = dict(mask_mod=KeyLengths(0))
     out, lse, _ = by_pages(x, kernel, **nothing)
     assert (out == 0).all()
     np.testing.assert_allclose(lse[:6], jnp.broadcast_to(x["sinks"], (6, H)), rtol=1e-6)

@@ -67,11 +67,7 @@ def _split(mesh: Any, arrays: Any, params: AttentionParams) -> Split:
     mods = params.mask_mod, params.score_mod
     if params.dropout is not None or _captures_explicit(mods):
         return Split((), ())
-    explicit = [
-        name
-        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
-        if kind == AxisType.Explicit
-    ]
+    explicit = _explicit(mesh)
 
     def axes(d: int, *lengths: int) -> tuple[str, ...]:
         asked: list[str] = []
@@ -87,6 +83,12 @@ def _split(mesh: Any, arrays: Any, params: AttentionParams) -> Split:
     sequences = axes(0, query.shape[0])
     heads = axes(1, query.shape[1], key.shape[1])
     return Split(sequences, tuple(name for name in heads if name not in sequences))
+
+
+def _explicit(mesh: Any) -> list[str]:
+    """Names of the mesh's explicit axes."""
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return [name for name, kind in kinds if kind == AxisType.Explicit]
 
 
 def _captures_explicit(mods: Any) -> bool:
@@ -133,7 +135,7 @@ def _on_each_device(
         mesh=mesh,
         in_specs=in_specs,
         out_specs=PartitionSpec(*split),
-        axis_names={*split.sequences, *split.heads},
+        axis_names=set(_explicit(mesh)),  # the others' arrays are whole, and stay so
     )
     return run(*given)
 

@@ -64,8 +64,8 @@ class Program:
     function may have made them itself.
     """
 
-    def __init__(self, function: Callable[..., Any], closed: Any) -> None:
-        self.key = jaxpr_key(closed.jaxpr)
+    def __init__(self, function: Callable[..., Any], closed: Any, out: Any) -> None:
+        self.key = jaxpr_key(closed.jaxpr), jax.tree.structure(out)
         self.hash = hash(self.key)
         self._source = _weakly(function), [_weakly(x) for x in closed.consts]
 
@@ -136,9 +136,9 @@ def trace_functions(mod: Any, *args: Any) -> Any:
         if not _is_function(node):
             return node
         function = node.function if isinstance(node, FunctionMod) else node
-        closed, _ = _trace(function, *args)
+        closed, out = _trace(function, *args)
         arrays = tuple(jnp.asarray(const) for const in closed.consts)
-        return TracedFunction(Program(function, closed), arrays)
+        return TracedFunction(Program(function, closed, out), arrays)
 
     return jax.tree.map(traced, mod, is_leaf=_is_function)
 
