@@ -1,6 +1,6 @@
 """What can go wrong, said once: what came, what was wanted, the likely slip."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -67,7 +67,7 @@ def check_qkv(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
         )
 
 
-def _swapped_axes(query: tuple[int, ...], key: tuple[int, ...]) -> str:
+def _swapped_axes(query: Sequence[Any], key: Sequence[Any]) -> str:
     """A question, if heads and lengths look swapped: few of what should be many."""
     if not all(isinstance(n, int) for n in (*query, *key)):
         return ""  # symbolic
