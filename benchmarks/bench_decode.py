@@ -25,7 +25,7 @@ import numpy as np
 
 from benchmarks.machine import seconds
 from raptax import Causal, attention
-from raptax.kernels import paged
+from raptax.kernels.paged import attention as paged
 from raptax.quant.rows import is_code, quantise
 
 H, K, D, P = 32, 8, 128, 128

@@ -33,8 +33,8 @@ def run_raptax(form: str) -> dict:
     from flax import nnx
 
     from raptax.cli import _keep_compiled_programs
+    from raptax.generate import generate_ids
     from raptax.models import load
-    from raptax.serving import generate_ids
 
     _keep_compiled_programs()
     start = time.perf_counter()

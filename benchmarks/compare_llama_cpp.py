@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import llama_cpp
 import numpy as np
 
+from raptax.generate import generate_ids
 from raptax.models import fetch, load
-from raptax.serving import generate_ids
 
 PROMPTS = (
     "The capital of France is",

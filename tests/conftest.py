@@ -44,7 +44,7 @@ def unchecked():
 
 def model_path(name: str) -> Path:
     """A real model, fetched once. Where it cannot be had: skipped, but failed in CI."""
-    from raptax.models.published import fetch
+    from raptax.models.hub import fetch
 
     try:
         return fetch(name)

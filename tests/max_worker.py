@@ -26,17 +26,19 @@ from jax.experimental import multihost_utils
 
 from raptax import (
     AttentionWithRope,
-    DataParallelAttentionWithRope,
     DistributedAttention,
-    GGUFQAttentionWithRope,
-    GPTQAttentionWithRope,
     KVCacheParams,
     PagedKVCache,
     QuantizationConfig,
     RotaryEmbedding,
+)
+from raptax.compat.max import (
+    DataParallelAttentionWithRope,
+    GGUFQAttentionWithRope,
+    GPTQAttentionWithRope,
     TensorParallelAttentionWithRope,
 )
-from raptax.layers.sharding import make_mesh
+from raptax.nn.sharding.placement import make_mesh
 from raptax.quant.float8 import (
     Float8Config,
     Float8InputScaleSpec,

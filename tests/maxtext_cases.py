@@ -1,4 +1,4 @@
-"""Layers of `raptax.maxtext` by name, and the answers that MaxText gave for them.
+"""Layers of `raptax.compat.maxtext` by name, and the answers that MaxText gave for them.
 
 `CASES` are the cases of tests/data/maxtext.npz: keyword arguments and config of each.
 `build` makes a layer of these sizes, `load` gives it MaxText's weights under MaxText's
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from raptax.maxtext import MLA, Attention
+from raptax.compat.maxtext import MLA, Attention
 
 DATA = Path(__file__).parent / "data"
 B, L, P, E, N, K, D = 2, 24, 16, 32, 4, 2, 16

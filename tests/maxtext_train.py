@@ -1,4 +1,4 @@
-"""Trains two layers of `raptax.maxtext` on a text and prints the losses as JSON.
+"""Trains two layers of `raptax.compat.maxtext` on a text and prints the losses as JSON.
 
 Run:  python -m tests.maxtext_train TEXT STEPS
 On 4 forced CPU devices: once as NNX and once as Linen on one of them, then on a 2 x 2
@@ -19,7 +19,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from raptax.maxtext import Attention, attention_as_linen
+from raptax.compat.maxtext import Attention, attention_as_linen
 
 B, T, E, VOCABULARY = 8, 32, 32, 128
 RULES = [

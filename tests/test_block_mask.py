@@ -10,8 +10,8 @@ from jax.extend import core
 
 import raptax
 from raptax import create_block_mask
-from raptax._pytree import pytree
-from raptax._types import position_indices, query_positions
+from raptax._core.pytree import pytree
+from raptax._core.types import position_indices, query_positions
 from raptax.mods.combine import Mask
 
 B, H = 2, 3

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from raptax import KVCacheParams, PagedKVCache, SlotKVCache, TensorKVCache
-from raptax.caches.contiguous import ContiguousKVCache, Partition
-from raptax.caches.kv_quant import KVQuantization
-from raptax.caches.ring import RingKVCache
+from raptax.kv_cache.contiguous import ContiguousKVCache, Partition
+from raptax.kv_cache.quantization import KVQuantization
+from raptax.kv_cache.sliding_window import RingKVCache
 
 checkpoint = pytest.importorskip(
     "orbax.checkpoint", reason="orbax-checkpoint is not installed"

@@ -11,20 +11,9 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raptax import (
-    attention,
-    create_block_mask,
-    linear_attention,
-    paged_attention,
-)
-from raptax.kernels import native
-from raptax.mods import (
-    Causal,
-    FunctionMod,
-    SlidingWindow,
-    SoftCap,
-    compose_score_mods,
-)
+from raptax import attention, create_block_mask, linear_attention, paged_attention
+from raptax.kernels.cpu import library as native
+from raptax.mods import Causal, FunctionMod, SlidingWindow, SoftCap, compose_score_mods
 from raptax.mods.functions import trace_functions
 
 NATIVE = pytest.param(

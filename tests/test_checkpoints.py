@@ -15,23 +15,21 @@ from raptax import (
     AttentionWithRope,
     CodesLinear,
     DistributedAttention,
-    GGUFQAttentionWithRope,
-    GPTQAttentionWithRope,
     KVCacheParams,
     RotaryEmbedding,
 )
-from raptax.caches.contiguous import ContiguousKVCache, Partition
-from raptax.caches.kv_quant import KVQuantization
-from raptax.caches.ring import RingKVCache
-from raptax.layers import interfaces
-from raptax.layers.sharding import make_mesh, weight_specs
-from raptax.maxtext import (
+from raptax.compat.max import GGUFQAttentionWithRope, GPTQAttentionWithRope, interfaces
+from raptax.compat.maxtext import (
     MLA,
     Attention,
     KVQuant,
     attention_as_linen,
     mla_as_linen,
 )
+from raptax.kv_cache.contiguous import ContiguousKVCache, Partition
+from raptax.kv_cache.quantization import KVQuantization
+from raptax.kv_cache.sliding_window import RingKVCache
+from raptax.nn.sharding.placement import make_mesh, weight_specs
 from raptax.quant import gguf
 from raptax.quant.float8 import (
     Float8Config,

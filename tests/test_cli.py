@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 from raptax import cli
 from raptax.cli import app
+from raptax.generate import Sampler, generate
 from raptax.models import load
-from raptax.serving import Sampler, generate
 
 PROMPT = "in the nation"
 SETTINGS = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
@@ -117,7 +117,7 @@ def test_chat_uses_the_models_format_and_prints_the_answer_alone(tmp_path):
 
 def test_compiled_programs_go_to_the_cache_and_nothing_elsewhere(path, cache, tmp_path):
     before = set(path.parent.iterdir())
-    importlib.import_module("raptax.serving.generate").prefill.clear_cache()
+    importlib.import_module("raptax.generate.loop").prefill.clear_cache()
     written(path, PROMPT, "--max-tokens", 1)
     assert any((cache / "xla").iterdir())
     assert set(path.parent.iterdir()) == before

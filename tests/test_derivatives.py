@@ -10,7 +10,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import raptax
-from raptax._linear import linear
+from raptax._core.transposable import linear
 from raptax.kernels import blockwise_attention, reference_attention
 
 B, H, K, T, S, D, E = 2, 4, 2, 37, 53, 8, 5

@@ -9,7 +9,7 @@ import pytest
 
 import raptax
 from raptax import Causal, SoftCap, Unsupported, attention, explain, paged_attention
-from raptax.kernels import native
+from raptax.kernels.cpu import library as native
 
 
 def qkv(q=(1, 4, 6, 8), k=(1, 2, 6, 8), v=(1, 2, 6, 8), dtype=jnp.float32):

@@ -8,8 +8,8 @@ import zipfile
 
 import pytest
 
-from raptax.models import published as module
-from raptax.models.published import MODELS, Published, fetch
+from raptax.models import hub as module
+from raptax.models.hub import MODELS, Published, fetch
 
 PIECES = b"first half, " * 1000, b"second half" * 1000
 WHOLE = b"".join(PIECES)

@@ -19,7 +19,7 @@ from raptax import (
     KVCacheParams,
     float8_config_from_dict,
 )
-from raptax.layers.linear import Projection
+from raptax.nn.linear import Projection
 from raptax.quant import float8
 
 E4M3, E2M1 = ml_dtypes.float8_e4m3fn, ml_dtypes.float4_e2m1fn

@@ -13,11 +13,11 @@ import pytest
 import tiny
 from flax import nnx
 
+from raptax.generate import Sampler, generate, generate_ids, text_of
 from raptax.models import load
-from raptax.serving import Sampler, generate, generate_ids, text_of
 
-# `raptax.serving.generate` is the function; this is the module it lives in.
-module = importlib.import_module("raptax.serving.generate")
+# `raptax.generate.loop` is the function; this is the module it lives in.
+module = importlib.import_module("raptax.generate.loop")
 
 PROMPT = [40, 3, 200, 77, 5, 40, 118]
 COUNT = 30

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from raptax.models.gguf_file import GGUFFile
+from raptax.io.gguf import GGUFFile
 from raptax.quant.gguf import Codes, Encoding, dequantize, unpack
 
 PLAIN = {Encoding.F32: "f4", Encoding.F16: "f2", Encoding.BF16: jnp.bfloat16}

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from raptax.models.gguf_file import GGUFFile
+from raptax.io.gguf import GGUFFile
 from raptax.quant.gguf import Encoding, dequantize
 
 FLOATS = np.random.default_rng(0).normal(size=(4, 64)).astype(np.float32)

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from raptax import AttentionWithRope, GPTQLinear, KVCacheParams, QuantizationConfig
-from raptax.layers.linear import Projection
+from raptax.nn.linear import Projection
 from raptax.quant import gptq
 
 REFERENCE = np.load(Path(__file__).parent / "data/gptq_smollm2.npz")

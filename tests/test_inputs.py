@@ -7,7 +7,7 @@ import pytest
 
 import raptax
 from raptax import Causal, attention, varlen_attention
-from raptax.kernels.native import why_missing
+from raptax.kernels.cpu.library import why_missing
 
 RNG = np.random.default_rng(0)
 B, H, T, D = 2, 2, 6, 4

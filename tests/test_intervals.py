@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from raptax.intervals import Interval, analyse
+from raptax.block_mask.interval_analysis import Interval, analyse
 
 RNG = np.random.default_rng(0)
 KEY = jax.random.key(0)

@@ -10,8 +10,9 @@ import pytest
 
 import raptax
 from raptax import KERNELS, Causal, SlidingWindow, SoftCap, Unsupported
-from raptax._types import position_indices, query_positions
-from raptax.kernels import blockwise_attention, native, reference_attention
+from raptax._core.types import position_indices, query_positions
+from raptax.kernels import blockwise_attention, reference_attention
+from raptax.kernels.cpu import library as native
 from raptax.kernels.tiles import MANY_TILES, TILE
 from tests.problems import PROBLEMS, Problem
 

@@ -15,8 +15,9 @@ import pytest
 
 import raptax
 from raptax import Causal, Documents, SlidingWindow, SoftCap, attention
-from raptax._types import position_indices
-from raptax.kernels import native, reference_attention
+from raptax._core.types import position_indices
+from raptax.kernels import reference_attention
+from raptax.kernels.cpu import library as native
 from raptax.quant.rows import dequantise, quantise
 
 ELSEWHERE = {

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from raptax import AttentionWithRope, KVCacheParams, RotaryEmbedding
-from raptax.maxtext import MLA, Attention
+from raptax.compat.maxtext import MLA, Attention
 
 H, K, D, C, B, T = 4, 2, 8, 24, 2, 7
 

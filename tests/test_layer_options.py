@@ -18,8 +18,9 @@ from raptax import (
     Unsupported,
     attention,
 )
-from raptax.layers import interfaces, weights
-from raptax.layers.sharding import make_mesh
+from raptax.compat.max import interfaces
+from raptax.nn import checkpoint as weights
+from raptax.nn.sharding.placement import make_mesh
 
 KV = KVCacheParams(dtype=jnp.float32, n_kv_heads=2, head_dim=8, page_size=4)
 B, T, H, K, C = 2, 7, 4, 2, 24

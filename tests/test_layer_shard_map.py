@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from raptax.maxtext import MLA, Attention
+from raptax.compat.maxtext import MLA, Attention
 from raptax.rope import (
     DynamicRotaryEmbedding,
     LongRoPERotaryEmbedding,

@@ -16,7 +16,6 @@ from raptax import (
     Causal,
     CodesLinear,
     GGUFLinear,
-    GGUFQAttentionWithRope,
     KVCacheParams,
     Linear,
     PagedKVCache,
@@ -26,9 +25,10 @@ from raptax import (
     SoftCap,
     attention,
 )
-from raptax.layers import attention as layer_module
-from raptax.layers import packed
-from raptax.layers.linear import Projection, StackedQKV
+from raptax.compat.max import GGUFQAttentionWithRope
+from raptax.compat.max import quantized_attention as packed
+from raptax.nn import attention as layer_module
+from raptax.nn.linear import Projection, StackedQKV
 from raptax.quant import gguf
 
 MAX = np.load(Path(__file__).parent / "data/attention_max.npz")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from raptax import ALiBi, T5Bias, Temperature, alibi_slopes, attention
-from raptax.kernels.native import available
+from raptax.kernels.cpu.library import available
 
 H, K, T, D = 4, 2, 512, 8
 KERNELS = [*(["native"] if available() else []), "blockwise"]

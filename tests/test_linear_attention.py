@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from raptax import AttentionFn, Causal, SlidingWindow, SoftCap, Unsupported
-from raptax._pytree import pytree
+from raptax._core.pytree import pytree
 from raptax.kernels.linear_attention import (
     CHUNK,
     LinearState,

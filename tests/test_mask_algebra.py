@@ -16,7 +16,7 @@ from jax import export, lax
 
 import raptax
 from raptax import attention, create_block_mask
-from raptax._types import position_indices
+from raptax._core.types import position_indices
 from raptax.kernels import blockwise, tiles
 from raptax.kernels.tiles import Tile
 from tests.test_block_mask import LEAVES, grow

@@ -7,7 +7,6 @@ import pytest
 
 from raptax import (
     ALiBi,
-    AttentionImpl,
     Causal,
     KVCacheParams,
     PagedKVCache,
@@ -15,8 +14,8 @@ from raptax import (
     alibi_slopes,
     attention,
 )
-from raptax.layers import interfaces
-from raptax.layers.interfaces import (
+from raptax.compat.max import AttentionImpl, interfaces
+from raptax.compat.max.interfaces import (
     AttentionWithAlibi,
     AttentionWithAlibiQKV,
     AttentionWithRope,

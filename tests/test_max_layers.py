@@ -12,11 +12,8 @@ from flax import nnx
 
 from raptax import (
     AttentionWithRope,
-    AttentionWithRopeNoOpaque,
     CodesLinear,
     GGUFLinear,
-    GGUFQAttentionWithRope,
-    GPTQAttentionWithRope,
     KVCacheParams,
     Linear,
     PagedKVCache,
@@ -24,8 +21,14 @@ from raptax import (
     RotaryEmbedding,
     ShardingStrategy,
 )
-from raptax.layers import weights
-from raptax.quant import gguf, gptq, safetensors_file
+from raptax.compat.max import (
+    AttentionWithRopeNoOpaque,
+    GGUFQAttentionWithRope,
+    GPTQAttentionWithRope,
+)
+from raptax.io import safetensors as safetensors_file
+from raptax.nn import checkpoint as weights
+from raptax.quant import gguf, gptq
 from raptax.quant.float8 import (
     Float8Config,
     Float8InputScaleSpec,

@@ -18,7 +18,6 @@ from raptax import (
     ALiBi,
     AttentionWithRope,
     CodesLinear,
-    DataParallelAttentionWithRope,
     DistributedAttention,
     Float8Config,
     Float8InputScaleSpec,
@@ -34,14 +33,18 @@ from raptax import (
     ShardingStrategy,
     SlotKVCache,
     TensorKVCache,
-    TensorParallelAttentionWithRope,
     alibi_slopes,
 )
-from raptax.layers import weights
-from raptax.layers.cutting import run_length, take_columns, take_rows
-from raptax.layers.max_call import call_as_max
-from raptax.layers.parallel import split_batch
-from raptax.layers.sharding import head_layout, make_mesh, shard_cache, split_range
+from raptax.compat.max import (
+    DataParallelAttentionWithRope,
+    TensorParallelAttentionWithRope,
+)
+from raptax.compat.max.call import call_as_max
+from raptax.nn import checkpoint as weights
+from raptax.nn.sharding.distributed import split_batch
+from raptax.nn.sharding.heads import head_layout, split_range
+from raptax.nn.sharding.placement import make_mesh, shard_cache
+from raptax.nn.sharding.slice_linear import run_length, take_columns, take_rows
 from raptax.quant import gguf
 
 KV = KVCacheParams(dtype=jnp.float32, n_kv_heads=3, head_dim=8, page_size=4)

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from raptax import Unsupported
-from raptax.maxtext import (
+from raptax.compat.maxtext import (
     MLA,
     Attention,
     AttentionOptions,
@@ -22,7 +22,7 @@ from raptax.maxtext import (
     l2_norm_as_linen,
     ragged_paged_attention,
 )
-from raptax.maxtext import positions as rope
+from raptax.compat.maxtext import positions as rope
 from tests.maxtext_cases import BASE, MLA_SIZES, YARN, E, build
 
 REQUIRED = object()
@@ -266,7 +266,7 @@ MESH = lambda: jax.sharding.Mesh(np.array(jax.devices()[:2]), ("tensor",))
         (dict(temperature_tuning_floor_scale=0), "floor_scale=0 must be positive"),
         (dict(quant="int8"), "quant='int8' must have a dot_general_cls"),
         (dict(config=QUANT), "needs kv_quant"),
-        (dict(kv_quant="int8"), "kv_quant='int8' must be a raptax.maxtext.KVQuant"),
+        (dict(kv_quant="int8"), "'int8' must be a raptax.compat.maxtext.KVQuant"),
         (dict(share_kv_projections=True, config=dict(fused_qkv=True)), "leaves no value"),
         (dict(config=dict(ring_kv_cache=True)), "which attention_type='global' cannot"),
         (dict(attention_kernel="cudnn_flash_te"), "cuDNN and runs on NVIDIA GPUs"),

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from raptax import attention
-from raptax.caches.contiguous import ContiguousKVCache, Partition
-from raptax.caches.kv_quant import KVQuantization
-from raptax.maxtext import KVQuant, masks
+from raptax.compat.maxtext import KVQuant, masks
+from raptax.kv_cache.contiguous import ContiguousKVCache, Partition
+from raptax.kv_cache.quantization import KVQuantization
 from tests.maxtext_cases import MLA_SIZES, YARN, build, call, decoded, randomise
 
 L, P, E = 12, 7, 32

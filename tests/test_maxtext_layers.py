@@ -1,4 +1,4 @@
-"""Masks, dropout, kernels, the Linen doors, serving and meshes of `raptax.maxtext`."""
+"""Masks, dropout, kernels, Linen modules, serving, meshes of `raptax.compat.maxtext`."""
 
 import functools
 import types
@@ -11,15 +11,15 @@ from flax import linen, nnx
 from jax.sharding import PartitionSpec as P
 
 from raptax import Causal, RotaryEmbedding, attention
-from raptax.caches.held import Held
-from raptax.maxtext import (
+from raptax.compat.maxtext import (
     AttentionOptions,
     attention_as_linen,
     masks,
     mla_as_linen,
     ragged_paged_attention,
 )
-from raptax.maxtext.sharding import partition_spec
+from raptax.compat.maxtext.sharding import partition_spec
+from raptax.kv_cache.positioned import Held
 from raptax.mods import mask_mod_to_boolean_mask
 from tests.maxtext_cases import BASE, MLA_SIZES, E, build, call, decoded, randomise
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from raptax.maxtext import positions as rope
+from raptax.compat.maxtext import positions as rope
 from tests.maxtext_cases import E, build
 
 D = 16

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from raptax.maxtext import QwixQuantization
+from raptax.compat.maxtext import QwixQuantization
 from tests.maxtext_cases import MLA_SIZES, E, build, call, decoded
 
 X = jnp.asarray(np.random.default_rng(0).normal(size=(2, 6, E)), jnp.float32)

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from raptax.caches.held import Held, Rules, attend
-from raptax.maxtext import KVQuant, L2Norm, l2_norm_as_linen
-from raptax.maxtext import positions as rope
-from raptax.maxtext.options import Settings
+from raptax.compat.maxtext import KVQuant, L2Norm, l2_norm_as_linen
+from raptax.compat.maxtext import positions as rope
+from raptax.compat.maxtext.options import Settings
+from raptax.kv_cache.positioned import Held, Rules, attend
 
 RAW = np.load(Path(__file__).parent / "data/maxtext_raw.npz")
 

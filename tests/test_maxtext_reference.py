@@ -1,4 +1,4 @@
-"""`raptax.maxtext` computes what MaxText computes; see tests/data/README.md."""
+"""`raptax.compat.maxtext` computes what MaxText computes; see tests/data/README.md."""
 
 import jax.numpy as jnp
 import numpy as np

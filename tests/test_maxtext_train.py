@@ -1,4 +1,4 @@
-"""Layers of `raptax.maxtext` learn a text, alone and on a mesh."""
+"""Layers of `raptax.compat.maxtext` learn a text, alone and on a mesh."""
 
 import json
 import subprocess

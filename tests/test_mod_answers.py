@@ -7,9 +7,9 @@ import pytest
 
 import raptax
 from raptax import Causal, SoftCap, attention, create_block_mask
-from raptax._errors import check_dropout
+from raptax._core.errors import check_dropout
 from raptax.block_mask import EMPTY, FULL
-from raptax.kernels.native import why_missing
+from raptax.kernels.cpu.library import why_missing
 
 B, H, T, D = 2, 2, 6, 4
 Q = jnp.asarray(np.random.default_rng(0).normal(size=(B, H, T, D)), jnp.float32)
@@ -120,7 +120,7 @@ def test_masks_of_nothing_are_refused(combine, unchecked):
 
 
 def test_masks_of_ones_own_types_combine():
-    @raptax._pytree.pytree
+    @raptax._core.pytree.pytree
     class Mine:
         size: int
 

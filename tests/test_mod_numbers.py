@@ -8,7 +8,7 @@ from jax import lax
 
 import raptax
 from raptax.kernels.blockwise import blockwise_attention
-from raptax.kernels.native import why_missing
+from raptax.kernels.cpu.library import why_missing
 from raptax.kernels.reference import reference_attention
 
 B, H, T, D = 2, 2, 9, 4

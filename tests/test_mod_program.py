@@ -20,9 +20,11 @@ from hypothesis import strategies as st
 
 import raptax
 from raptax import Causal, Unsupported
-from raptax._types import position_indices
-from raptax.kernels import mod_code, mod_program, native
-from raptax.kernels.mod_program import ModProgram
+from raptax._core.types import position_indices
+from raptax.kernels.cpu import library as native
+from raptax.mod_compiler import compile as mod_program
+from raptax.mod_compiler import ir as mod_code
+from raptax.mod_compiler.compile import ModProgram
 from tests.instruction_sets import GENERIC_FIRST, REFUSED
 
 pytestmark = pytest.mark.skipif(

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 import raptax
 from raptax import Causal, attention, create_block_mask, mods, varlen_attention
-from raptax.kernels.native import why_missing
+from raptax.api.varlen import _PackedMask
+from raptax.kernels.cpu.library import why_missing
 from raptax.mods import check_mods
-from raptax.varlen import _PackedMask
 
 B, H, T, D = 3, 4, 6, 4
 RNG = np.random.default_rng(0)

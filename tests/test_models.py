@@ -10,12 +10,12 @@ import pytest
 import tiny
 from flax import nnx
 
-from raptax.caches import PageAllocator, PagedKVCache
-from raptax.layers.linear import CodesLinear, GGUFLinear, Linear
+from raptax.io.gguf import GGUFFile
+from raptax.kv_cache import PageAllocator, PagedKVCache
 from raptax.models import DecoderConfig, load
 from raptax.models.decoder import LayerStack
-from raptax.models.gguf_file import GGUFFile
-from raptax.models.llama import config_from_gguf, decoder_from_gguf
+from raptax.models.families import config_from_gguf, decoder_from_gguf
+from raptax.nn.linear import CodesLinear, GGUFLinear, Linear
 
 FORMS = {"blocks": GGUFLinear, "codes": CodesLinear, "float32": Linear}
 LENGTH = 41

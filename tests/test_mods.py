@@ -10,7 +10,7 @@ import pytest
 
 import raptax
 from raptax import mods
-from raptax._types import position_indices, query_positions
+from raptax._core.types import position_indices, query_positions
 from raptax.kernels.blockwise import blockwise_attention
 from raptax.kernels.reference import reference_attention
 from raptax.mods import t5_buckets

@@ -9,6 +9,7 @@ import pytest
 
 import raptax
 from raptax import attention
+from raptax.compat import attnax
 
 # Name and documented parameters, without *masks and the like.
 DOCUMENTED = {
@@ -45,15 +46,19 @@ def arrays():
     return [jnp.asarray(rng.normal(size=shape).astype(np.float32)) for _ in range(3)]
 
 
+def named(name):
+    return getattr(attnax if hasattr(attnax, name) else raptax, name)
+
+
 @pytest.mark.parametrize("name", DOCUMENTED)
 def test_the_name_and_its_parameters_are_there(name):
-    parameters = inspect.signature(getattr(raptax, name)).parameters
+    parameters = inspect.signature(named(name)).parameters
     assert set(DOCUMENTED[name]) <= parameters.keys()
 
 
 @pytest.mark.parametrize("protocol", ["ScoreMod", "MaskMod", "AttentionFn"])
 def test_the_protocols_are_there(protocol):
-    assert inspect.isclass(getattr(raptax, protocol))
+    assert inspect.isclass(named(protocol))
 
 
 KERNELS = ("standard_attention", "memory_efficient_attention", "flash_attention")
@@ -63,13 +68,13 @@ KERNELS = ("standard_attention", "memory_efficient_attention", "flash_attention"
 def test_kernels_take_the_documented_call(name):
     q, k, v = arrays()
     call = dict(
-        mask=raptax.make_causal_mask(S),
-        score_mod=raptax.alibi_mod(H),
+        mask=attnax.make_causal_mask(S),
+        score_mod=attnax.alibi_mod(H),
         dropout_rng=None,
         dropout_rate=0.0,
         deterministic=True,
     )
-    out = getattr(raptax, name)(q, k, v, **call)
+    out = named(name)(q, k, v, **call)
     scores = np.einsum("bhtd,bhsd->bhts", q, k) * D**-0.5
     distance = np.arange(S)[:, None] - np.arange(S)
     slopes = 2.0 ** (-8 * (np.arange(H) + 1) / H)
@@ -90,34 +95,34 @@ def same_document(t, s):
 
 MASKS = {
     "causal": (
-        raptax.causal_mod,
-        lambda: raptax.make_causal_mask(S),
+        attnax.causal_mod,
+        lambda: attnax.make_causal_mask(S),
         lambda t, s: s <= t,
     ),
     "window": (
-        lambda: raptax.sliding_window_mod(3),
-        lambda: raptax.make_sliding_window_mask(S, window_size=3),
+        lambda: attnax.sliding_window_mod(3),
+        lambda: attnax.make_sliding_window_mask(S, window_size=3),
         lambda t, s: (s <= t) & (t - s < 3),
     ),
     "window on both sides": (
-        lambda: raptax.sliding_window_mod(3, causal=False),
-        lambda: raptax.make_sliding_window_mask(S, window_size=3, causal=False),
+        lambda: attnax.sliding_window_mod(3, causal=False),
+        lambda: attnax.make_sliding_window_mask(S, window_size=3, causal=False),
         lambda t, s: abs(t - s) < 3,
     ),
     "documents": (
-        lambda: raptax.document_mask_mod(IDS),
-        lambda: raptax.make_document_mask(IDS),
+        lambda: attnax.document_mask_mod(IDS),
+        lambda: attnax.make_document_mask(IDS),
         same_document,
     ),
     "prefix": (
-        lambda: raptax.prefix_lm_mod(PREFIX),
+        lambda: attnax.prefix_lm_mod(PREFIX),
         lambda: raptax.mask_mod_to_boolean_mask(
             raptax.PrefixLM(PREFIX), batch=B, num_heads=1, seq_q=S, seq_kv=S
         ),
         lambda t, s: (s <= t) | (s < np.asarray(PREFIX)[:, None, None, None]),
     ),
     "a function": (
-        lambda: raptax.mask_mod_to_score_mod(lambda b, h, q, k: (q + k) % 2 == 0),
+        lambda: attnax.mask_mod_to_score_mod(lambda b, h, q, k: (q + k) % 2 == 0),
         lambda: jnp.asarray(sum(rows_and_keys()) % 2 == 0)[None, None],
         lambda t, s: (t + s) % 2 == 0,
     ),
@@ -130,15 +135,15 @@ def test_a_mask_is_the_same_as_array_and_as_score_change(name):
     expected = np.broadcast_to(rule(*rows_and_keys()), (B, 1, S, S))
     np.testing.assert_array_equal(np.broadcast_to(array(), expected.shape), expected)
     q, k, v = arrays()
-    by_score = raptax.standard_attention(q, k, v, score_mod=score_mod())
-    by_array = raptax.standard_attention(q, k, v, mask=jnp.asarray(expected))
+    by_score = attnax.standard_attention(q, k, v, score_mod=score_mod())
+    by_array = attnax.standard_attention(q, k, v, mask=jnp.asarray(expected))
     np.testing.assert_allclose(by_score, by_array, rtol=0, atol=1e-6)
 
 
 def test_a_mask_that_changes_scores_last_reaches_the_kernel_as_a_mask():
     """A soft cap after it would undo it, and so must stay after it."""
     q, k, v = arrays()
-    cap, window = raptax.SoftCap(1.0), raptax.sliding_window_mod(3)
+    cap, window = raptax.SoftCap(1.0), attnax.sliding_window_mod(3)
     last = attention(q, k, v, score_mod=raptax.compose_score_mods(cap, window))
     expected = attention(q, k, v, score_mod=cap, mask_mod=raptax.SlidingWindow(3))
     np.testing.assert_array_equal(last, expected)
@@ -151,26 +156,26 @@ def test_an_additive_bias_of_any_rank():
     q, k, v = arrays()
     bias = jnp.asarray(np.random.default_rng(5).normal(size=(H, S, S)), jnp.float32)
     for x in (bias, bias[:1], bias[0], bias[0, 0]):
-        by_score = attention(q, k, v, score_mod=raptax.additive_bias_mod(x))
+        by_score = attention(q, k, v, score_mod=attnax.additive_bias_mod(x))
         np.testing.assert_allclose(by_score, attention(q, k, v, bias=x), atol=1e-6)
 
 
 def test_masks_combine():
-    causal = raptax.make_causal_mask(3)
-    padding = raptax.make_padding_mask(jnp.array([[5, 6, 0]], jnp.int32))
-    both = raptax.combine_masks(None, causal, padding)
+    causal = attnax.make_causal_mask(3)
+    padding = attnax.make_padding_mask(jnp.array([[5, 6, 0]], jnp.int32))
+    both = attnax.combine_masks(None, causal, padding)
     np.testing.assert_array_equal(both[0, 0], np.tril(np.ones((3, 3))) * [1, 1, 0])
-    assert raptax.combine_masks(None, None) is None
+    assert attnax.combine_masks(None, None) is None
 
 
 def test_a_window_holds_at_least_one_key():
     with pytest.raises(ValueError, match="window_size=0 must be at least 1"):
-        raptax.sliding_window_mod(0)
+        attnax.sliding_window_mod(0)
 
 
 # ------------------------------------------------------------------------ sizes of tiles
 
-TILED = raptax.flash_attention, raptax.memory_efficient_attention
+TILED = attnax.flash_attention, attnax.memory_efficient_attention
 
 
 @pytest.mark.parametrize("attend", TILED)
@@ -191,7 +196,7 @@ def test_tiles_of_a_chosen_size(attend, block_size):
 
 def tiles_of(**options):
     """The shapes of the scores that a call works on at a time."""
-    run = lambda *x: raptax.memory_efficient_attention(*x, **options)
+    run = lambda *x: attnax.memory_efficient_attention(*x, **options)
     text = str(jax.make_jaxpr(run)(*arrays()))
     return {n for n in (3, 4, 12) if f"f32[{B},{H},1,{n},{n}]" in text}
 
@@ -216,7 +221,7 @@ def test_sizes_of_tiles_that_cannot_be(attend, unchecked):
     with pytest.raises(TypeError, match="takes no 'tile'"):
         attend(q, k, v, tile=3, block_size=4)
     with pytest.raises(TypeError, match="block_size"):
-        raptax.standard_attention(q, k, v, block_size=4)
+        attnax.standard_attention(q, k, v, block_size=4)
 
 
 def test_chunks_of_a_chosen_size(unchecked):

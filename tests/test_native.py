@@ -21,8 +21,9 @@ from jax.sharding import PartitionSpec as P
 
 import raptax
 from raptax import Causal, Documents, SlidingWindow, SoftCap, Unsupported, Window
-from raptax.kernels import native, reference_attention
-from raptax.kernels.native_attention import (
+from raptax.kernels import reference_attention
+from raptax.kernels.cpu import library as native
+from raptax.kernels.cpu.forward import (
     UNLIMITED,
     native_attention,
     split_band,

@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 
 from raptax import ALiBi, Causal, SlidingWindow, alibi_slopes, attention
-from raptax.kernels import native
-from raptax.kernels.native_attention import native_attention
+from raptax.kernels.cpu import library as native
+from raptax.kernels.cpu.forward import native_attention
 from tests.instruction_sets import GENERIC_FIRST
 from tests.problems import PROBLEMS, Problem
 from tests.test_kernels import expected, run

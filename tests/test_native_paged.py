@@ -26,7 +26,8 @@ from raptax import (
     alibi_slopes,
     paged_attention,
 )
-from raptax.kernels import native, paged
+from raptax.kernels.cpu import library as native
+from raptax.kernels.paged import attention as paged
 from raptax.mods import FunctionMod
 from raptax.quant.rows import is_code, quantise
 from tests.instruction_sets import GENERIC_FIRST, REFUSED

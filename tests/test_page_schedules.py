@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raptax import KVCacheParams, PageAllocator, PagedKVCache, SlidingWindow
-from raptax.kernels import native
+from raptax.kernels.cpu import library as native
 from raptax.quant.rows import dequantise, quantise
 from tests.instruction_sets import REFUSED
 

@@ -20,9 +20,9 @@ from raptax import (
     TensorKVCache,
     paged_attention,
 )
-from raptax._types import position_indices
-from raptax.kernels import native
-from raptax.maxtext import ragged_paged_attention
+from raptax._core.types import position_indices
+from raptax.compat.maxtext import ragged_paged_attention
+from raptax.kernels.cpu import library as native
 from tests.instruction_sets import REFUSED
 
 H, K, D, P = 4, 2, 8, 4

@@ -17,7 +17,8 @@ from raptax import (
     attention,
     paged_attention,
 )
-from raptax.kernels import native, paged
+from raptax.kernels.cpu import library as native
+from raptax.kernels.paged import attention as paged
 
 H, K, D, E, P = 4, 2, 6, 5, 4
 HELD, NEW, PADDING = (9, 0, 3), (2, 3, 1), 2

@@ -11,7 +11,7 @@ import pytest
 from jaxtyping import TypeCheckError
 
 from raptax import info
-from raptax.kernels import native
+from raptax.kernels.cpu import library as native
 
 ROOT = Path(__file__).parents[1]
 
@@ -35,25 +35,24 @@ def test_imports_only_go_down():
 @pytest.mark.parametrize(
     "slip",
     [
-        "from ..layers import Linear",
-        "from .. import layers",
-        "from ..layers.linear import Linear",
-        "from raptax.layers import Linear",
-        "from raptax import layers",
-        "import raptax.layers.linear",
-        "def lazily():\n    from ..layers import Linear",
+        "from ..nn import Linear",
+        "from .. import nn",
+        "from ..nn.linear import Linear",
+        "from raptax.nn import Linear",
+        "from raptax import nn",
+        "import raptax.nn.linear",
+        "def lazily():\n    from ..nn import Linear",
     ],
 )
 def test_a_climbing_import_is_named(tmp_path, slip):
     (tmp_path / "kernels").mkdir()
     planted = tmp_path / "kernels" / "native.py"
-    planted.write_text(f"from .._types import B\nfrom . import paged\n{slip}\n")
+    planted.write_text(f"from .._core.types import B\nfrom . import paged\n{slip}\n")
     result = tool("check_layers.py", tmp_path)
     assert result.returncode == 1, result.stderr
     line = 3 + slip.count("\n")
     expected = (
-        f"{planted}:{line}: kernels (floor 2) imports layers (floor 5), "
-        "a floor above it\n"
+        f"{planted}:{line}: kernels (level 3) imports nn (level 6), a level above it\n"
     )
     assert result.stdout == expected
 
@@ -62,13 +61,13 @@ def test_a_climbing_import_is_named(tmp_path, slip):
 def test_importing_the_package_itself_is_named(tmp_path, slip):
     (tmp_path / "mods.py").write_text(slip)
     result = tool("check_layers.py", tmp_path)
-    assert (result.returncode, "on no floor" in result.stdout) == (1, True)
+    assert (result.returncode, "on no level" in result.stdout) == (1, True)
 
 
-def test_a_module_without_a_floor_is_named(tmp_path):
+def test_a_module_without_a_level_is_named(tmp_path):
     (tmp_path / "attic.py").touch()
     result = tool("check_layers.py", tmp_path)
-    assert (result.returncode, "attic is on no floor" in result.stdout) == (1, True)
+    assert (result.returncode, "attic is on no level" in result.stdout) == (1, True)
 
 
 def test_sizes_are_within_budget():
@@ -109,8 +108,9 @@ def test_importing_touches_no_device():
 
 
 def test_importing_does_not_load_the_native_library():
-    loaded = "from raptax.kernels import native; print(native.why_missing.cache_info())"
-    command = [sys.executable, "-c", f"{IMPORT_EVERYTHING}\n{loaded}"]
+    loaded = "from raptax.kernels.cpu.library import why_missing as missing"
+    shown = f"{IMPORT_EVERYTHING}\n{loaded}; print(missing.cache_info())"
+    command = [sys.executable, "-c", shown]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "currsize=0" in result.stdout
 

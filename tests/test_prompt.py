@@ -9,8 +9,8 @@ import tiny
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from raptax.generate import Sampler, generate, generate_ids, until
 from raptax.models import LanguageModel, load
-from raptax.serving import Sampler, generate, generate_ids, until
 
 COUNT = 12
 
@@ -137,8 +137,8 @@ def test_rows_of_the_embedding_are_the_tokens(tmp_path, model):
 
 
 def load_decoder(path):
-    from raptax.models.gguf_file import GGUFFile
-    from raptax.models.llama import decoder_from_gguf
+    from raptax.io.gguf import GGUFFile
+    from raptax.models.families import decoder_from_gguf
 
     return decoder_from_gguf(GGUFFile(path))
 

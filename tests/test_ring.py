@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 import raptax
 from raptax import ALiBi, Causal, SlidingWindow, attention, ring_attention
-from raptax.kernels.native import available
+from raptax.kernels.cpu.library import available
 
 B, H, K, T, S, D, E = 2, 4, 2, 8, 12, 8, 5
 KERNELS = [*(["native"] if available() else []), "blockwise", "reference"]

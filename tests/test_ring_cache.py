@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from raptax import SlidingWindow, attention
-from raptax.caches.contiguous import ContiguousKVCache, Partition
-from raptax.caches.held import Rules, attend
-from raptax.caches.kv_quant import KVQuantization
-from raptax.caches.ring import RingKVCache
+from raptax.kv_cache.contiguous import ContiguousKVCache, Partition
+from raptax.kv_cache.positioned import Rules, attend
+from raptax.kv_cache.quantization import KVQuantization
+from raptax.kv_cache.sliding_window import RingKVCache
 
 B, H, D, WINDOW = 2, 2, 4, 4
 

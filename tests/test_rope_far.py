@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raptax import rope
-from raptax.maxtext import positions as maxtext
-from raptax.maxtext.options import Settings
+from raptax.compat.maxtext import positions as maxtext
+from raptax.compat.maxtext.options import Settings
 from raptax.rope import (
     DynamicRotaryEmbedding,
     LongRoPERotaryEmbedding,

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from raptax.quant import safetensors_file
+from raptax.io import safetensors as safetensors_file
 
 GOOD = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 BAD = {

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from raptax.serving import Sampler
+from raptax.generate import Sampler
 
 NONE_SEEN = np.zeros(5, bool)
 THREE_TIE, THIRDS = [1, 3, 3, 0, 3], np.array([0, 1, 1, 0, 1]) / 3

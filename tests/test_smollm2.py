@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from raptax.caches import PagedKVCache
+from raptax.generate import generate_ids
+from raptax.kv_cache import PagedKVCache
 from raptax.models import load
-from raptax.serving import generate_ids
 
 DATA = Path(__file__).parent / "data"
 GREEDY = json.loads((DATA / "greedy_smollm2.json").read_text())

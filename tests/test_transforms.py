@@ -26,7 +26,7 @@ from raptax import (
     alibi_slopes,
     attention,
 )
-from raptax.kernels.native import available
+from raptax.kernels.cpu.library import available
 
 SIZES = dict(b=4, h=4, t=12, s=20, d=8, e=8, n=7)
 KERNELS = [*(["native"] if available() else []), "blockwise"]

@@ -1,8 +1,8 @@
-"""Imports only go down: fails on an import of a floor above the importer's own.
+"""Imports only go down: fails on an import of a level above the importer's own.
 
 Run:  python tools/check_layers.py [package folder]
-The floors are those of docs/architecture.md. Only the package's `__init__` may import
-anything; a module that is not on a floor yet has to be given one here.
+The levels are those of docs/architecture.md. Only the package's `__init__` may import
+anything; a module that is not on a level yet has to be given one here.
 """
 
 import ast
@@ -11,20 +11,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PACKAGE = "raptax"
-FLOORS = [
-    ["_types", "_errors", "_pytree", "_linear", "_manual_axes"],
-    ["mods", "intervals", "block_mask", "rope", "quant"],
+LEVELS = [
+    ["_core"],
+    ["mods", "block_mask", "rope", "quant"],
+    ["mod_compiler", "io"],
     ["kernels"],
-    ["dispatch", "varlen", "ring", "names"],
-    ["caches"],
-    ["layers"],
-    ["maxtext"],
+    ["api"],
+    ["kv_cache"],
+    ["nn"],
     ["models"],
-    ["serving"],
+    ["generate"],
+    ["compat"],
     ["info"],
     ["cli"],
 ]
-FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
+LEVEL = {name: number for number, names in enumerate(LEVELS) for name in names}
 
 
 def imported(tree: ast.AST, package: tuple[str, ...]) -> Iterator[tuple[int, str]]:
@@ -42,14 +43,14 @@ def imported(tree: ast.AST, package: tuple[str, ...]) -> Iterator[tuple[int, str
 
 
 def complaints(root: Path) -> Iterator[str]:
-    """One sentence per import that climbs, and per module that is on no floor."""
+    """One sentence per import that climbs, and per module that is on no level."""
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts
         here = parts[0]
         if parts == ("__init__",):
             continue
-        if here not in FLOOR:
-            yield f"{path}:1: {here} is on no floor; give it one in {__file__}"
+        if here not in LEVEL:
+            yield f"{path}:1: {here} is on no level; give it one in {__file__}"
             continue
         tree = ast.parse(path.read_text())
         for line, name in imported(tree, (PACKAGE, *parts[:-1])):
@@ -57,12 +58,12 @@ def complaints(root: Path) -> Iterator[str]:
             target = rest.split(".")[0]
             if top != PACKAGE:
                 continue
-            if target not in FLOOR:
-                yield f"{path}:{line}: {here} imports {name}, which is on no floor"
-            elif FLOOR[target] > FLOOR[here]:
+            if target not in LEVEL:
+                yield f"{path}:{line}: {here} imports {name}, which is on no level"
+            elif LEVEL[target] > LEVEL[here]:
                 yield (
-                    f"{path}:{line}: {here} (floor {FLOOR[here]}) imports {target} "
-                    f"(floor {FLOOR[target]}), a floor above it"
+                    f"{path}:{line}: {here} (level {LEVEL[here]}) imports {target} "
+                    f"(level {LEVEL[target]}), a level above it"
                 )
 
 

@@ -18,13 +18,13 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
 from . import info as versions
+from .generate import Sampler, generate_ids, text_of, until
+from .generate.loop import check_numbers
+from .generate.prompt import checked_stops
 from .models import LanguageModel, load
 from .models import fetch as fetch_model
-from .models.llama import Weights, check_weights
-from .models.published import cache_path
-from .serving import Sampler, generate_ids, text_of, until
-from .serving.generate import check_numbers
-from .serving.prompt import checked_stops
+from .models.families import Weights, check_weights
+from .models.hub import cache_path
 
 app = typer.Typer(
     no_args_is_help=True,

@@ -5,7 +5,7 @@ from importlib.metadata import version
 
 import jax
 
-from .kernels import native
+from .kernels.cpu import library as native
 
 PACKAGES = ("raptax", "jax", "jaxlib", "flax", "numpy")
 

@@ -1,47 +1,8 @@
-"""Kernels, best first. Reading this file tells you what can run and in what order."""
+"""Attention kernels: functions of arrays. `registry` lists them, best first."""
 
-from collections.abc import Callable
-from typing import NamedTuple
-
-import jax
-
-from .._types import AttentionFn
-from .blockwise import blockwise_attention
-from .jax_nn import jax_nn_attention, why_not_jax_nn
-from .native_attention import native_attention, why_not_native
-from .reference import reference_attention
-
-
-class Kernel(NamedTuple):
-    """A way to compute attention.
-
-    ``why_not(query, key, value, **problem)`` says in one sentence what it cannot do;
-    ``why_later``, why it should run only when it is named. Both are None otherwise.
-    """
-
-    name: str
-    run: AttentionFn
-    why_not: Callable[..., str | None]
-    why_later: Callable[..., str | None]
-
-
-def _never(*_: object, **__: object) -> None:
-    return None
-
-
-def _off_gpu(*_: object, **__: object) -> str | None:
-    if jax.default_backend() == "gpu":
-        return None
-    return "only on a GPU does it keep from storing all scores"
-
-
-def _stores_scores(*_: object, **__: object) -> str:
-    return "it stores all scores; it is there to define what the others compute"
-
-
-KERNELS = (
-    Kernel("native", native_attention, why_not_native, _never),
-    Kernel("jax_nn", jax_nn_attention, why_not_jax_nn, _off_gpu),
-    Kernel("blockwise", blockwise_attention, _never, _never),
-    Kernel("reference", reference_attention, _never, _stores_scores),
-)
+from .blockwise import blockwise_attention as blockwise_attention
+from .cpu.forward import native_attention as native_attention
+from .cudnn import jax_nn_attention as jax_nn_attention
+from .reference import reference_attention as reference_attention
+from .registry import KERNELS as KERNELS
+from .registry import Kernel as Kernel

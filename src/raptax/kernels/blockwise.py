@@ -23,9 +23,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from .._linear import linear
-from .._manual_axes import same_manual_axes
-from .._types import Attended, DropoutKey, Indices, MaskMod, ScoreMod
+from .._core.manual_axes import same_manual_axes
+from .._core.transposable import linear
+from .._core.types import Attended, DropoutKey, Indices, MaskMod, ScoreMod
 from ..block_mask import BlockMask, Grid, tile_kinds
 from ..mods import apply_mask, apply_score
 from .partition import partitioned

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt32
 
-from .._errors import check_dropout
-from .._pytree import pytree
-from .._types import DropoutKey, Indices
+from .._core.errors import check_dropout
+from .._core.pytree import pytree
+from .._core.types import DropoutKey, Indices
 
 
 @pytree

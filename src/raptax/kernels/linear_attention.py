@@ -25,9 +25,9 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from .._errors import Unsupported, check_dropout, check_mask, check_qkv
-from .._pytree import pytree
-from .._types import DropoutKey, MaskMod, ScoreMod
+from .._core.errors import Unsupported, check_dropout, check_mask, check_qkv
+from .._core.pytree import pytree
+from .._core.types import DropoutKey, MaskMod, ScoreMod
 from ..mods import Causal, as_mod
 from ..mods.functions import trace_functions
 from .softmax import accumulator, finite, poison

@@ -20,7 +20,7 @@ from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Int
 
-from .._pytree import pytree
+from .._core.pytree import pytree
 from ..block_mask import BlockMask
 from ..mods import Causal, SlidingWindow, Window
 from ..mods.combine import And, Mask

@@ -11,9 +11,9 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from .._errors import check_bias, check_mask, check_qkv, check_sinks
-from .._pytree import pytree, static
-from .._types import ScoreMod
+from .._core.errors import check_bias, check_mask, check_qkv, check_sinks
+from .._core.pytree import pytree, static
+from .._core.types import ScoreMod
 from ..block_mask import first_position
 from ..mods import KeyLengths, as_mod, with_scale
 from ..mods.functions import has_functions, trace_functions

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from .._errors import check_bias, check_mask, check_qkv, check_sinks
-from .._types import (
+from .._core.errors import check_bias, check_mask, check_qkv, check_sinks
+from .._core.types import (
     Attended,
     DropoutKey,
     MaskMod,

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from .._types import Indices, position_indices, query_positions
+from .._core.types import Indices, position_indices, query_positions
 from ..block_mask import EMPTY
 from .dropout import Dropout
 from .softmax import accumulator

@@ -2,7 +2,7 @@
 
 from .decoder import Decoder as Decoder
 from .decoder import DecoderConfig as DecoderConfig
+from .hub import MODELS as MODELS
+from .hub import fetch as fetch
 from .language_model import LanguageModel as LanguageModel
 from .language_model import load as load
-from .published import MODELS as MODELS
-from .published import fetch as fetch

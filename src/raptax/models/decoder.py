@@ -10,13 +10,13 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from .._errors import check_groups
-from .._types import MaskMod
-from ..caches import KVCacheParams, PagedKVCache
-from ..layers.attention import AbstractAttention
-from ..layers.linear import Projection
-from ..layers.norm import RMSNorm
+from .._core.errors import check_groups
+from .._core.types import MaskMod
+from ..kv_cache import KVCacheParams, PagedKVCache
 from ..mods import Causal, SlidingWindow
+from ..nn.attention import AbstractAttention
+from ..nn.linear import Projection
+from ..nn.norm import RMSNorm
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

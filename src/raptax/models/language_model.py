@@ -6,12 +6,12 @@ import pathlib
 import re
 from collections.abc import Callable
 
-from .._errors import choices
+from .._core.errors import choices
+from ..io.fields import Fields, errors_of
+from ..io.gguf import GGUFFile
 from .decoder import Decoder, DecoderConfig
-from .fields import Fields, errors_of
-from .gguf_file import GGUFFile
-from .llama import ARCHITECTURES, Weights, config_from_gguf, decoder_from_gguf
-from .published import MODELS, fetch
+from .families import ARCHITECTURES, Weights, config_from_gguf, decoder_from_gguf
+from .hub import MODELS, fetch
 from .tokenizer import Tokenizer
 
 

@@ -30,9 +30,9 @@ from typing import Any
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
-from .._errors import choices
+from .._core.errors import choices
+from ..io.fields import Fields
 from .chat_template import check_messages, render
-from .fields import Fields
 from .plain_text import PlainText
 from .splits import ADD_BOS, SPLITS, TAKE_WORDS
 

@@ -16,7 +16,7 @@ them are plain functions), score changes with `compose_score_mods`.
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
-from .._types import MaskMod, position_indices, query_positions
+from .._core.types import MaskMod, position_indices, query_positions
 from .checks import Mod as Mod
 from .checks import check_mods as check_mods
 from .combine import And as And

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from .._pytree import pytree, static
-from .._types import MaskMod
+from .._core.pytree import pytree, static
+from .._core.types import MaskMod
 from .checks import Mod, check_callable
 
 

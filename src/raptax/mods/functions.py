@@ -18,7 +18,7 @@ import numpy as np
 from jax.extend import core
 from jaxtyping import Array
 
-from .._pytree import is_value, pytree, static
+from .._core.pytree import is_value, pytree, static
 from .combine import FunctionMod, Mask
 
 

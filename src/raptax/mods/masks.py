@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from .._pytree import pytree, static
+from .._core.pytree import pytree, static
 from .checks import LARGEST, set_whole, whole
 from .combine import Mask, entries, per_sequence, within
 

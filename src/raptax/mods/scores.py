@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from .._errors import check_scale
-from .._pytree import pytree, static
-from .._types import MaskMod, ScoreMod
+from .._core.errors import check_scale
+from .._core.pytree import pytree, static
+from .._core.types import MaskMod, ScoreMod
 from .checks import Mod, check_callable, set_positive, set_whole
 from .combine import apply_mask, as_mod, entries, within
 

@@ -38,7 +38,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Shaped, UInt8
 
-from .._errors import choices
+from .._core.errors import choices
 
 Granularity = Literal["tensor", "rowwise", "colwise", "block"]
 Origin = Literal["static", "dynamic"]

@@ -17,7 +17,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from .._errors import choices
+from .._core.errors import choices
 from .float8 import E4M3, NVFP4_GROUP, Float8Config, Float8InputScaleSpec, Granularity
 from .float8 import Float8WeightScaleSpec as WeightSpec
 

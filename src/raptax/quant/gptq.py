@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int, Int32, UInt8
 
-from .._errors import choices
+from .._core.errors import choices
 
 Bits = Literal[2, 3, 4, 8]
 CheckpointFormat = Literal["gptq", "gptq_v2"]

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from .._errors import choices
-from .._pytree import pytree, static
+from .._core.errors import choices
+from .._core.pytree import pytree, static
 from .embedding import Layout, RotaryEmbedding, _keep_constant
 from .scaling import Frequencies, frequencies, longrope_attention_scale
 from .turns import Positions, Turns, turns, wide_turns

@@ -7,8 +7,8 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from .._errors import choices
-from .._pytree import constant, pytree, static
+from .._core.errors import choices
+from .._core.pytree import constant, pytree, static
 from .scaling import Frequencies, frequencies
 from .turns import Positions, Turns, cos_sin, turns, wide_dtype
 

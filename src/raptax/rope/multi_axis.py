@@ -8,8 +8,8 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from .._errors import choices
-from .._pytree import pytree, static
+from .._core.errors import choices
+from .._core.pytree import pytree, static
 from .embedding import Layout, RotaryEmbedding
 from .scaling import Frequencies
 from .turns import Positions

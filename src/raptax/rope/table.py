@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .._pytree import pytree, static
+from .._core.pytree import pytree, static
 from .embedding import Layout, rotate
 from .turns import Positions, wide_dtype
 

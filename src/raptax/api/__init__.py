@@ -1,0 +1,1 @@
+"""Attention over arrays, pages, packed sequences, and sequences spread over devices."""

@@ -1,0 +1,1 @@
+"""Files of weights, read in place. Untrusted input is checked here."""

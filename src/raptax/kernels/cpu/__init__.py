@@ -1,0 +1,1 @@
+"""The native kernels: C++ on CPUs, called through the XLA FFI."""

@@ -1,0 +1,1 @@
+"""Mods as programs for the native kernels: trace, lower, simplify."""

@@ -1,0 +1,1 @@
+"""Layers: projections, norms, attention, and their arrays on several devices."""

@@ -1,0 +1,1 @@
+"""Which heads, weights and cache pages each device holds."""
