@@ -13,7 +13,7 @@ help:
 	@echo "make slow     the slow tests: real models, long runs"
 	@echo "make bench    speed and agreement next to llama.cpp"
 	@echo "make lint     formatting, lint, layers of the package, sizes"
-	@echo "make format   rewrite the code in the house format"
+	@echo "make format   rewrite the code in the project's format"
 	@echo "make native   rebuild the C++ kernels, warnings are errors"
 	@echo "make native-test  fuzz them under sanitizers"
 

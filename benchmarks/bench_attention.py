@@ -26,7 +26,7 @@ FEW = 1024  # from here on jax.nn takes too long to be waited for
 
 
 class Row(NamedTuple):
-    """What is attended to. The rule is `Causal` and what ``options`` add to it."""
+    """What is attended to. The mask is `Causal` and what ``options`` add to it."""
 
     name: str
     S: int

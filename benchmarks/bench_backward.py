@@ -25,7 +25,7 @@ CHECKED = 512  # lengths up to here are compared with the definition
 
 
 class Row(NamedTuple):
-    """What is attended to. The rule is `Causal`, or what ``options`` make of it."""
+    """What is attended to. The mask is `Causal`, or what ``options`` make of it."""
 
     name: str
     S: int

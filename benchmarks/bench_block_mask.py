@@ -28,7 +28,7 @@ LENGTHS, CHECKED = (4096, 16384, 65536), 4096
 NARROW, WINDOW_LENGTHS = 256, (4096, 8192, 16384, 32768)
 MEMORY = 64e6
 
-# Each mask of ours, and the same as a rule that NumPy and PyTorch can read.
+# Each mask of ours, and the same as a function that NumPy and PyTorch can read.
 MASKS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
     "causal": (
         lambda ids: Causal(),

@@ -26,7 +26,7 @@ import numpy as np
 from benchmarks.machine import seconds
 from raptax import Causal, attention
 from raptax.kernels.paged import attention as paged
-from raptax.quant.rows import is_code, quantise
+from raptax.quant.rows import is_code, quantize
 
 H, K, D, P = 32, 8, 128, 128
 DECODE = ((1, 4096), (1, 16384), (8, 4096), (8, 16384))  # sequences, context
@@ -65,7 +65,7 @@ def make_cache(B: int, S: int, dtype: Any, checked: bool) -> Cache:
 
     k, v = pages(keys), pages(values)
     if is_code(dtype):
-        pack = jax.jit(quantise, static_argnums=1)
+        pack = jax.jit(quantize, static_argnums=1)
         (k, k_scales), (v, v_scales) = pack(k, dtype), pack(v, dtype)
         pool = paged.Pool(k, v, k_scales, v_scales)
     else:

@@ -1,9 +1,9 @@
 """What flexible attention costs on a CPU, and how it compares with PyTorch's.
 
 Run:  python -W ignore -m benchmarks.bench_mods [--dtype float32] [--repeats 7]
-Three tables. Rules that PyTorch's compiled `flex_attention` knows too, each with the
+Three tables. Mods that PyTorch's compiled `flex_attention` knows too, each with the
 same causal mask, ours and theirs in turns; it is optional and takes a minute to compile.
-What a change of scores or a mask costs where no tile is empty or full, as multiples of
+What a score_mod or a mask costs where no tile is empty or full, as multiples of
 the time without one. And a window next to a causal mask, with the tiles that each has to
 visit. Prints medians and the spread of ours (90th over 10th percentile). Ends with an
 error if an output is wrong.
@@ -32,8 +32,8 @@ TILE = 128
 SHORT = 512  # what is compared with the definition
 
 
-class Rule(NamedTuple):
-    """One rule in both languages: keyword arguments, given the length."""
+class Mods(NamedTuple):
+    """One mod in both languages: keyword arguments, given the length."""
 
     ours: Callable[[int], dict[str, Any]]
     theirs: Callable[[int], dict[str, Any]]
@@ -89,19 +89,19 @@ def our_bias(S: int) -> dict[str, Any]:
     return dict(score_mod=raptax.RelativeBias(jnp.asarray(table())))
 
 
-RULES = {
-    "soft cap": Rule(lambda S: dict(score_mod=raptax.SoftCap(CAP)), their_cap),
-    "ALiBi": Rule(
+MODS = {
+    "soft cap": Mods(lambda S: dict(score_mod=raptax.SoftCap(CAP)), their_cap),
+    "ALiBi": Mods(
         lambda S: dict(score_mod=raptax.ALiBi(raptax.alibi_slopes(H))), their_alibi
     ),
-    "documents": Rule(
+    "documents": Mods(
         lambda S: dict(
             mask_mod=raptax.Causal()
             & raptax.Documents(jnp.asarray(document_ids(S))[None])
         ),
         their_documents,
     ),
-    "relative bias": Rule(our_bias, their_bias),
+    "relative bias": Mods(our_bias, their_bias),
 }
 
 
@@ -113,7 +113,7 @@ def costs(S: int) -> dict[str, dict[str, Any]]:
         "soft cap": dict(score_mod=raptax.SoftCap(CAP)),
         "ALiBi": dict(score_mod=raptax.ALiBi(raptax.alibi_slopes(H))),
         "relative bias": our_bias(S),
-        # No tile is full or empty, and nobody can foresee it.
+        # No tile is full or empty, and no kernel can foresee it.
         "mask by array": dict(
             mask_mod=lambda b, h, q, k: flags[jnp.mod(q + 3 * k, flags.shape[0])]
         ),
@@ -152,14 +152,14 @@ def correct(arrays: list[np.ndarray], dtype: str, options: dict[str, Any]) -> bo
 
 
 def compare(dtype: str, D: int, S: int, repeats: int) -> tuple[list[float], list[str]]:
-    """One line for each rule that both know; how many times faster, and what is wrong."""
+    """One line for each mod that both know; how many times faster, and what is wrong."""
     ratios, wrong = [], []
     arrays = random_arrays(S, D)
-    for name, rule in RULES.items():
-        options = dict(mask_mod=raptax.Causal()) | rule.ours(S)
+    for name, mods in MODS.items():
+        options = dict(mask_mod=raptax.Causal()) | mods.ours(S)
         calls = {"raptax": call(arrays, dtype, options)}
         if torch is not None:
-            calls["torch"] = their_call(arrays, dtype, rule.theirs(S))
+            calls["torch"] = their_call(arrays, dtype, mods.theirs(S))
         times = seconds(calls, repeats)
         low, median, high = np.quantile(times["raptax"], [0.1, 0.5, 0.9])
         line = f"{dtype:9}{name:15}{S:6}{D:5}{median * 1e3:10.2f} ms{high / low:6.2f}"
@@ -174,7 +174,7 @@ def compare(dtype: str, D: int, S: int, repeats: int) -> tuple[list[float], list
             if apart > max(5e-5, 8 * float(jnp.finfo(dtype).eps)):
                 wrong.append(f"{dtype} {name} D={D}: {apart:.1e} from PyTorch")
         print(line, flush=True)
-        short = dict(mask_mod=raptax.Causal()) | rule.ours(SHORT)
+        short = dict(mask_mod=raptax.Causal()) | mods.ours(SHORT)
         if not correct(random_arrays(SHORT, D), dtype, short):
             wrong.append(f"{dtype} {name} D={D}")
     return ratios, wrong

@@ -171,11 +171,11 @@ def rows_of(call, replicas):
     """Padded rows of each replica, its offsets, and the places of the real rows."""
     share = 4 // replicas
     counts = np.asarray(CALLS[call]).reshape(replicas, share)
-    room = counts.sum(1).max()
+    longest = counts.sum(1).max()
     offsets = np.concatenate([np.zeros((replicas, 1), int), counts.cumsum(1)], axis=1)
-    places = [r * room + i for r in range(replicas) for i in range(counts[r].sum())]
+    places = [r * longest + i for r in range(replicas) for i in range(counts[r].sum())]
     x = np.random.default_rng(10 + call).normal(size=(counts.sum(), C))
-    out = np.zeros((replicas * room, C), np.float32)
+    out = np.zeros((replicas * longest, C), np.float32)
     out[places] = x
     return out, offsets.reshape(-1).astype(np.int32), places
 

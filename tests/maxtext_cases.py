@@ -132,11 +132,11 @@ def decoded(
 ):
     """Rows of a prompt, then of single tokens, and what the layer then holds.
 
-    ``chunks`` cuts the prompt; ``pad`` rows of rubbish stand behind it.
+    ``chunks`` cuts the prompt; ``pad`` rows of other numbers stand behind it.
     """
     if pad:
-        rubbish = jnp.full((x.shape[0], pad, x.shape[2]), 7.0, x.dtype)
-        padded = jnp.concatenate([x[:, :prompt], rubbish], axis=1)
+        filler = jnp.full((x.shape[0], pad, x.shape[2]), 7.0, x.dtype)
+        padded = jnp.concatenate([x[:, :prompt], filler], axis=1)
         ids = jnp.repeat((jnp.arange(prompt + pad) < prompt)[None], x.shape[0], 0)
         ids = ids.astype(jnp.int32)
     else:

@@ -10,7 +10,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import raptax
-from raptax._core.transposable import linear
+from raptax._core.transposable import linear_with_transpose
 from raptax.kernels import blockwise_attention, reference_attention
 
 B, H, K, T, S, D, E = 2, 4, 2, 37, 53, 8, 5
@@ -170,7 +170,7 @@ def test_linear_runs_its_transpose_and_nothing_else():
     run = lambda known, x: known * x
     wrong = lambda known, ct: known * ct + 1
 
-    f = lambda x: linear(run, wrong, jnp.float32(3), x)
+    f = lambda x: linear_with_transpose(run, wrong, jnp.float32(3), x)
     assert jax.jvp(f, (jnp.float32(2),), (jnp.float32(1),)) == (6, 3)
     assert jax.grad(f)(jnp.float32(2)) == 4
     assert jax.vmap(jax.grad(f))(jnp.ones(3)).tolist() == [4, 4, 4]
@@ -181,7 +181,7 @@ def test_linear_is_differentiated_by_what_its_functions_do():
     """``known`` enters by ``plain``; two of it make the second derivative visible."""
     times = lambda known, x: known * x
     plain = lambda known, x: 2 * known * x
-    f = lambda a, x: linear(times, times, a, x, plain=(plain, plain))
+    f = lambda a, x: linear_with_transpose(times, times, a, x, plain=(plain, plain))
     a, x = jnp.float32(3), jnp.float32(5)
     assert f(a, x) == 15
     assert jax.grad(f, 0)(a, x) == 10

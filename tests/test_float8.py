@@ -538,7 +538,7 @@ def changed(name="static, tensor", **changes):
                 dialect("fp8", modules_to_not_convert=["model.layers.0.mlp.up_proj"]),
                 num_layers=1,
             ),
-            "must be quantised uniformly",
+            "must be quantized uniformly",
         ),
     ],
 )

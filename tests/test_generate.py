@@ -89,7 +89,7 @@ def test_how_the_work_is_cut_does_not_show(decoder, decode_steps, monkeypatch):
     prompt = (PROMPT * 6)[:39]
     options = dict(prompt=prompt, sampler=WARM, seed=5)
     want = ids_of(decoder, **options)
-    for rows in (16, 39, 13):  # the last: parts shorter than the room made for them
+    for rows in (16, 39, 13):  # the last: parts shorter than a step takes
         monkeypatch.setattr(module, "PREFILL_ROWS", rows)
         assert ids_of(decoder, **options) == want
     for steps in (1, 64):
@@ -141,8 +141,8 @@ def test_a_stop_token_is_the_last(decoder):
 
 
 def test_the_context_may_be_filled_to_its_end(decoder):
-    room = decoder.config.max_position - len(PROMPT)
-    assert len(ids_of(decoder, max_tokens=room)) == room
+    left = decoder.config.max_position - len(PROMPT)
+    assert len(ids_of(decoder, max_tokens=left)) == left
 
 
 BAD = {

@@ -127,7 +127,7 @@ def test_no_rows_and_no_blocks(encoding):
 
 
 @pytest.mark.parametrize("name", ["Q4_0", "Q8_0"])
-def test_quantised_and_back_is_near(name):
+def test_quantized_and_back_is_near(name):
     weight = np.random.default_rng(0).normal(size=(8, 128)).astype(np.float32)
     raw = oracle.quants.quantize(weight, oracle.GGMLQuantizationType[name])
     encoding = Encoding.from_name(name)

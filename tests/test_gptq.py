@@ -60,7 +60,7 @@ def by_hand(tensors, where):
 
 
 @pytest.mark.parametrize(("tag", "projection"), [("sym", "k"), ("asym", "v")])
-def test_weights_are_those_that_were_quantised(tag, projection):
+def test_weights_are_those_that_were_quantized(tag, projection):
     tensors, where = stored(tag, projection)
     weight = weight_of(GPTQLinear(where, **tensors))
     original = REFERENCE[f"{tag}.{projection}_proj.original_weight"].astype(np.float32)
@@ -163,7 +163,7 @@ def packed(name, O=7, C=96, shift=0.2):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_quantised_weights_come_back_to_half_a_step(name):
+def test_quantized_weights_come_back_to_half_a_step(name):
     weight, where, tensors = packed(name)
     back = np.asarray(weight_of(GPTQLinear(where, **tensors)))
     np.testing.assert_array_equal(back, by_hand(tensors, where).T)
@@ -196,7 +196,7 @@ def everything(layer, x, ids):
 
 
 @pytest.mark.parametrize("name", ["symmetric", "three bits", "out of order"])
-def test_layer_is_a_product_with_the_dequantised_weight(name):
+def test_layer_is_a_product_with_the_dequantized_weight(name):
     _, where, tensors = packed(name)
     bias = np.arange(7, dtype=np.float32)
     expected = by_hand(tensors, where).T

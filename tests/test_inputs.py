@@ -7,13 +7,13 @@ import pytest
 
 import raptax
 from raptax import Causal, attention, varlen_attention
-from raptax.kernels.cpu.library import why_missing
+from raptax.kernels.cpu.library import missing_reason
 
 RNG = np.random.default_rng(0)
 B, H, T, D = 2, 2, 6, 4
 ARRAYS = [RNG.normal(size=(B, H, T, D)).astype(np.float32) for _ in range(3)]
 Q, K, V = map(jnp.asarray, ARRAYS)
-KERNELS = ["reference", "blockwise", *([] if why_missing() else ["native"])]
+KERNELS = ["reference", "blockwise", *([] if missing_reason() else ["native"])]
 
 
 def close(got, expected):

@@ -60,7 +60,7 @@ def expected(problem: Problem, dtype) -> list[np.ndarray]:
 
 
 def cannot(kernel, problem: Problem, dtype) -> str | None:
-    return kernel.why_not(*problem.arrays(dtype), **problem.kwargs())
+    return kernel.unsupported_reason(*problem.arrays(dtype), **problem.kwargs())
 
 
 def check_declines(kernel, problem: Problem, dtype) -> bool:
@@ -165,7 +165,7 @@ def test_low_precision(name, problem, dtype):
 
 
 @ALL
-def test_nan_where_nobody_looks_reaches_nothing(name):
+def test_nan_that_no_query_sees_reaches_nothing(name):
     """Rows 5 and 27 of what breaks elsewhere: 0 * NaN is NaN."""
     problem, kernel = PROBLEMS["causal tiles"], KERNEL[name]
     q, k, v = problem.arrays(jnp.float32)
@@ -203,7 +203,7 @@ def test_empty_rows_are_zero_and_have_no_gradient(name):
     kernel = KERNEL[name]
     q, k, v = PROBLEMS["more queries"].arrays(jnp.float32)
     problem = dict(mask_mod=Causal())  # 300 queries, 65 keys: 235 rows see nothing
-    if kernel.why_not(q, k, v, **problem):
+    if kernel.unsupported_reason(q, k, v, **problem):
         return
     out = kernel.run(q, k, v, **problem)
     d_q = jax.grad(lambda q: (kernel.run(q, k, v, **problem) ** 2).sum())(q)

@@ -18,11 +18,11 @@ from raptax import Causal, Documents, SlidingWindow, SoftCap, attention
 from raptax._core.types import position_indices
 from raptax.kernels import reference_attention
 from raptax.kernels.cpu import library as native
-from raptax.quant.rows import dequantise, quantise
+from raptax.quant.rows import dequantize, quantize
 
 ELSEWHERE = {
     2: "test_kernels.test_empty_rows_are_zero_and_have_no_gradient",
-    5: "test_kernels.test_nan_where_nobody_looks_reaches_nothing",
+    5: "test_kernels.test_nan_that_no_query_sees_reaches_nothing",
     6: "test_paged.test_what_lies_beyond_a_length_changes_no_bit",
     7: "test_paged.test_page_ids_outside_the_pool_write_and_read_nothing",
     8: "test_sequences.test_merging_nothing_changes_nothing",
@@ -40,7 +40,7 @@ ELSEWHERE = {
     32: "test_paged.test_reused_pages_leak_nothing",
     34: "test_kernels.test_two_backward_runs_agree_to_the_bit",
     35: "test_kernels.test_low_precision",
-    36: "test_door.test_naming_a_kernel_turns_cannot_into_an_error",
+    36: "test_attention.test_naming_a_kernel_turns_cannot_into_an_error",
     40: "test_mask_algebra.test_a_mask_that_is_traced",
     41: "test_derivatives.test_vmap_and_gradients_nest",
     42: "test_derivatives.test_gradients_under_shard_map",
@@ -299,7 +299,7 @@ def test_row_39_codes_attend_as_the_numbers_they_stand_for(kernel, dtype):
         cache = cache.advance(offsets)
     heads_first = (x.swapaxes(0, 1)[None] for x in (q, k, v))
     q, k, v = heads_first
-    k, v = (dequantise(*quantise(x, dtype)) for x in (k, v))
+    k, v = (dequantize(*quantize(x, dtype)) for x in (k, v))
     expected = exact(q, k, v, allowed=np.tri(T, dtype=bool))[0]
     close(jnp.concatenate(outs).swapaxes(0, 1)[None], expected, 1e-5)
 

@@ -86,8 +86,8 @@ def test_segments_and_lengths():
 def test_cross_attention(stacked):
     layer = build(rope=None, stacked_qkv=stacked)
     check(layer(X, inputs_kv=OTHER)[0], by_hand(layer, X, OTHER))
-    rule = Causal() & Causal()
-    actual = layer(X, inputs_kv=OTHER, mask_mod=rule)[0]
+    mask_mod = Causal() & Causal()
+    actual = layer(X, inputs_kv=OTHER, mask_mod=mask_mod)[0]
     check(actual, causal(layer, X, OTHER))
     lengths = jnp.int32([3, 10])
     actual = layer(X, inputs_kv=OTHER, key_lengths=lengths)[0]

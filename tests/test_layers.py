@@ -113,10 +113,10 @@ def test_decode_equals_training(name):
 
 def test_rules_reach_the_kernel_on_both_paths():
     layer, x = build(), batch()
-    rules = dict(mask_mod=SlidingWindow(3), score_mod=SoftCap(0.5))
+    mods = dict(mask_mod=SlidingWindow(3), score_mod=SoftCap(0.5))
     plain, _ = layer(x)
-    y, _ = layer(x, **rules)
-    again, _ = layer(x, cache_for(layer), **rules)
+    y, _ = layer(x, **mods)
+    again, _ = layer(x, cache_for(layer), **mods)
     assert jnp.abs(y - plain).max() > 1e-2
     np.testing.assert_allclose(again, y, rtol=0, atol=2e-6)
 
@@ -200,7 +200,7 @@ def test_builds_define_no_forward_pass():
 # ------------------------------------------------------------------------- projections
 
 
-def quantised(encoding: str, rows=24, cols=64):
+def quantized(encoding: str, rows=24, cols=64):
     weight = np.random.default_rng(0).normal(size=(rows, cols)).astype(np.float32)
     kind = ggml.GGMLQuantizationType[encoding]
     packed = ggml.quants.quantize(weight, kind)
@@ -210,8 +210,8 @@ def quantised(encoding: str, rows=24, cols=64):
 
 
 @pytest.mark.parametrize("encoding", ["F32", "F16", "Q4_0", "Q4_1", "Q8_0"])
-def test_gguf_projections_are_products_with_the_dequantised_weight(encoding):
-    blocks, there, weight = quantised(encoding)
+def test_gguf_projections_are_products_with_the_dequantized_weight(encoding):
+    blocks, there, weight = quantized(encoding)
     bias = jnp.arange(24, dtype=jnp.float32)
     made = {"blocks": GGUFLinear(blocks, there, bias)}
     if not there.is_plain:
@@ -241,7 +241,7 @@ def test_linear():
 
 
 def test_gguf_weights_are_not_trained():
-    blocks, there, _ = quantised("Q4_0")
+    blocks, there, _ = quantized("Q4_0")
     _, trained, rest = nnx.split(GGUFLinear(blocks, there), nnx.Param, ...)
     assert not jax.tree.leaves(trained)
     assert len(jax.tree.leaves(rest)) == 1
@@ -262,7 +262,7 @@ def test_rms_norm():
 
 
 def gguf_build(**changes):
-    blocks, there, _ = quantised("Q4_0", rows=64, cols=64)
+    blocks, there, _ = quantized("Q4_0", rows=64, cols=64)
     options = dict(
         rope=None,
         num_attention_heads=4,

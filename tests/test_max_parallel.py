@@ -44,7 +44,7 @@ from raptax.nn import checkpoint as weights
 from raptax.nn.sharding.distributed import split_batch
 from raptax.nn.sharding.heads import head_layout, split_range
 from raptax.nn.sharding.placement import make_mesh, shard_cache
-from raptax.nn.sharding.slice_linear import run_length, take_columns, take_rows
+from raptax.nn.sharding.slice_linear import run_length, slice_inputs, slice_outputs
 from raptax.quant import gguf
 
 KV = KVCacheParams(dtype=jnp.float32, n_kv_heads=3, head_dim=8, page_size=4)
@@ -86,7 +86,7 @@ def test_every_layout_keeps_queries_with_their_keys():
             for devices in range(1, H + 1):
                 q, kv = head_layout(H, K, devices)
                 assert sorted(q[q >= 0]) == list(range(H))  # each once
-                assert (q >= 0).any(axis=1).all()  # nobody is idle
+                assert (q >= 0).any(axis=1).all()  # no device is idle
                 there = np.repeat(kv, q.shape[1] // kv.shape[1], axis=1)
                 assert (there[q >= 0] == q[q >= 0] // group).all()
 
@@ -179,9 +179,11 @@ def test_runs():
     assert run_length(np.asarray([[0, 1, 2, 3]]), 3) == 1
 
 
-def test_a_projection_nobody_knows():
-    for cut in (take_rows, take_columns):
-        with pytest.raises(ValueError, match="does not know how to take rows of a int"):
+def test_an_unknown_projection():
+    for cut in (slice_outputs, slice_inputs):
+        with pytest.raises(
+            ValueError, match="does not know how to slice the outputs of a int"
+        ):
             cut(3, np.zeros((1, 1), int))
 
 
@@ -238,26 +240,26 @@ def test_cutting_rounds_nothing(kind):
     rows = np.concatenate([np.arange(8, 24), np.full(8, -1), np.arange(8)])[None]
     columns = np.concatenate([np.arange(64, 160), np.full(32, -1)])[None]
     expected = np.concatenate([numbers[8:24], np.zeros((8, 256)), numbers[:8]])
-    np.testing.assert_array_equal(value(take_rows(layer, rows)), expected)
-    cut = value(take_columns(layer, columns))
+    np.testing.assert_array_equal(value(slice_outputs(layer, rows)), expected)
+    cut = value(slice_inputs(layer, columns))
     np.testing.assert_array_equal(cut[:, :96], numbers[:, 64:160])
     if layer.bias is not None:
         bias = np.asarray(layer.bias[...])
-        new = take_rows(layer, rows).bias[...]
+        new = slice_outputs(layer, rows).bias[...]
         np.testing.assert_array_equal(new, np.where(rows[0] < 0, 0, bias[rows[0]]))
     if kind != "block":
         odd = (np.arange(8, 40) + np.asarray([[0], [128]]))[:, ::-1].copy()
-        cut = value(take_columns(layer, odd))
+        cut = value(slice_inputs(layer, odd))
         np.testing.assert_array_equal(cut, numbers[:, odd.reshape(-1)])
 
 
 def test_what_cannot_be_cut_says_so():
     packed, _ = made("gptq4")
     with pytest.raises(ValueError, match="GPTQ packs 8 inputs of 4 bits together; 2"):
-        take_columns(packed, np.arange(24).reshape(2, 12))
+        slice_inputs(packed, np.arange(24).reshape(2, 12))
     block, _ = made("block")
     with pytest.raises(ValueError, match="in blocks of 32 lanes"):
-        take_columns(block, np.arange(32).reshape(2, 16))
+        slice_inputs(block, np.arange(32).reshape(2, 16))
 
 
 # ------------------------------------------------------------------------- two devices
@@ -342,11 +344,11 @@ def test_gathered_again(base):
 def test_gradients_and_rules_without_a_cache(base):
     """ALiBi asks for a head's number: the one that it has in the whole layer."""
     x = inputs(10).reshape(2, 5, 16)
-    rule = ALiBi(alibi_slopes(6))
+    score_mod = ALiBi(alibi_slopes(6))
 
     @jax.jit
     def gradients(layer, x):
-        loss = lambda layer, x: (layer(x, score_mod=rule)[0] ** 2).sum()
+        loss = lambda layer, x: (layer(x, score_mod=score_mod)[0] ** 2).sum()
         return jax.value_and_grad(loss, (0, 1), allow_int=True)(layer, x)
 
     layer = spread(base)
@@ -361,7 +363,7 @@ def test_gradients_and_rules_without_a_cache(base):
         np.testing.assert_allclose(theirs, ours, rtol=0, atol=2e-4)
     theirs, ours = of_layer.out.inner.bias[...], of_base.out.bias[...]
     np.testing.assert_allclose(theirs, ours, rtol=2e-5)
-    plain = jax.jit(lambda layer, x: layer(x, score_mod=rule)[0])
+    plain = jax.jit(lambda layer, x: layer(x, score_mod=score_mod)[0])
     different = jax.jit(lambda layer, x: layer(x)[0])
     assert jnp.abs(plain(layer, x) - different(layer, x)).max() > 1e-3
 

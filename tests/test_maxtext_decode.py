@@ -145,10 +145,10 @@ def test_pairs_of_options(pair):
     check(first | second | both, SCENES["padded chunks"])
 
 
-# --------------------------------------------------------------------- quantised caches
+# --------------------------------------------------------------------- quantized caches
 
 
-def quantised(kind, axes):
+def quantized(kind, axes):
     options = dict(quantize_kvcache=True, kv_quant_dtype=kind, kv_quant_axis=axes)
     return dict(config=options, kv_quant=KVQuant(options))
 
@@ -172,8 +172,8 @@ STEP = {"int8": 3e-2, "int4": 0.6, "fp8": 0.15}  # of the rows, for scores of si
         for dtype in (jnp.float32, jnp.bfloat16)
     ],
 )
-def test_a_quantised_cache_rounds_what_it_stores_and_nothing_else(kind, axes, dtype):
-    options = quantised(kind, axes)
+def test_a_quantized_cache_rounds_what_it_stores_and_nothing_else(kind, axes, dtype):
+    options = quantized(kind, axes)
     layer, plain = (layer_with(dtype=dtype, **o) for o in (options, {}))
     x = inputs().astype(dtype)
     expected = call(layer, x)
@@ -198,7 +198,7 @@ def test_a_quantised_cache_rounds_what_it_stores_and_nothing_else(kind, axes, dt
         q.swapaxes(1, 2),
         k,
         v,
-        mask_mod=masks.rule(layer.options),
+        mask_mod=masks.base_mask(layer.options),
         scale=1.0,
         kernel="reference",
     )
@@ -208,8 +208,8 @@ def test_a_quantised_cache_rounds_what_it_stores_and_nothing_else(kind, axes, dt
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["window 3", "sinks", "ring window", "mla"])
-def test_quantised_caches_of_other_layers(name):
-    options = quantised("int8", "dkv")
+def test_quantized_caches_of_other_layers(name):
+    options = quantized("int8", "dkv")
     both = config(**options["config"] | OPTIONS[name].get("config", {}))
     check(OPTIONS[name] | options | both, SCENES["padded chunks"], atol=5e-2)
 

@@ -19,7 +19,7 @@ from raptax.compat.maxtext import (
     ragged_paged_attention,
 )
 from raptax.compat.maxtext.sharding import partition_spec
-from raptax.kv_cache.positioned import Held
+from raptax.kv_cache.positioned import KVSegment
 from raptax.mods import mask_mod_to_boolean_mask
 from tests.maxtext_cases import BASE, MLA_SIZES, E, build, call, decoded, randomise
 
@@ -55,8 +55,8 @@ def test_the_rule_of_each_type():
         "block_diffusion": i // 3 >= j // 3,
     }.items():
         o = options(attention_type=kind, sliding_window_size=3, config=chunk)
-        np.testing.assert_array_equal(seen(masks.rule(o)), expected, err_msg=kind)
-    assert masks.rule(options(attention_type="full")) is None
+        np.testing.assert_array_equal(seen(masks.base_mask(o)), expected, err_msg=kind)
+    assert masks.base_mask(options(attention_type="full")) is None
     asked = chunk | dict(attention_type="block_diffusion")
     assert options(config=asked).kind == "block_diffusion"
     named = types.SimpleNamespace(value="chunk")  # a member of MaxText's own enum
@@ -90,7 +90,7 @@ def test_moba_is_the_papers_choice():
         max_prefill_predict_length=4,
     )
     at = jnp.broadcast_to(jnp.arange(11, dtype=jnp.int32), (B, 11))
-    held = [Held(jnp.asarray(k), jnp.asarray(k), at)]
+    held = [KVSegment(jnp.asarray(k), jnp.asarray(k), at)]
     chosen = np.asarray(masks.moba(jnp.asarray(q), held, at, o).chosen)
     for b, h, t in np.ndindex(B, H, 11):
         own = t // size
@@ -100,7 +100,7 @@ def test_moba_is_the_papers_choice():
         assert set(np.flatnonzero(chosen[b, h, t])) == best
 
 
-def test_padding_sees_padding_and_nothing_sees_nobody():
+def test_padding_sees_padding_and_empty_slots_see_no_token():
     layer = build()
     ids = jnp.array([[1] * 5 + [0] * 3, [1] * 5 + [-1] * 3], jnp.int32)
     x = batch()
@@ -222,10 +222,10 @@ def test_gradients_are_finite_and_reach_every_weight():
 )
 def test_the_linen_door_is_the_same_layer(cls):
     extra = MLA_SIZES if cls == "mla" else {}
-    door = mla_as_linen if cls == "mla" else attention_as_linen
+    as_linen = mla_as_linen if cls == "mla" else attention_as_linen
     config = dict(attention_sink=True)
     made = BASE | extra | dict(config=config)
-    module, x = door(**made, name="attention"), batch()
+    module, x = as_linen(**made, name="attention"), batch()
     assert module.name == "attention"
     variables = module.init(jax.random.key(0), x, x)
     assert set(variables) == {"params", "cache"}
@@ -252,7 +252,7 @@ def test_the_linen_door_is_the_same_layer(cls):
         rows.append(y)
     np.testing.assert_allclose(jnp.concatenate(rows, 1), expected, rtol=0, atol=2e-6)
     with pytest.raises(ValueError, match="num_kv_heads is not defined"):
-        door(**made | dict(num_kv_heads=-1))
+        as_linen(**made | dict(num_kv_heads=-1))
 
 
 # ------------------------------------------------------------------------------ serving
@@ -319,8 +319,8 @@ def test_vllms_contract(kinds):
         out = attention(
             q[:, start : start + count].swapaxes(1, 2),
             *(held[:, :, n::2].swapaxes(1, 2) for n in (0, 1)),
-            mask_mod=masks.rule(layer.options),
-            score_mod=layer._rules(True).score_mod,
+            mask_mod=masks.base_mask(layer.options),
+            score_mod=layer._settings(True).score_mod,
             sinks=layer.sinks[...] if "sinks" in kinds else None,
             scale=1.0,
             kernel="reference",

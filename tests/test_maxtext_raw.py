@@ -1,4 +1,4 @@
-"""Norms, rotary embeddings, quantised numbers and ragged rows next to MaxText's own."""
+"""Norms, rotary embeddings, quantized numbers and ragged rows next to MaxText's own."""
 
 import dataclasses
 from pathlib import Path
@@ -11,7 +11,7 @@ from flax import nnx
 from raptax.compat.maxtext import KVQuant, L2Norm, l2_norm_as_linen
 from raptax.compat.maxtext import positions as rope
 from raptax.compat.maxtext.options import Settings
-from raptax.kv_cache.positioned import Held, Rules, attend
+from raptax.kv_cache.positioned import AttendSettings, KVSegment, attend
 
 RAW = np.load(Path(__file__).parent / "data/maxtext_raw.npz")
 
@@ -173,12 +173,12 @@ def test_ragged_rows_are_maxtexts(heads, block):
         RAW[f"ragged/{heads}/sum"], 1e-30
     )
     slot = jnp.arange(k.shape[1], dtype=jnp.int32)[None]
-    held = Held(
+    held = KVSegment(
         k.swapaxes(1, 2), v.swapaxes(1, 2), jnp.where(slot < lengths[:, None], slot, -1)
     )
-    rules = Rules(scale=1.0, kernel="reference")
+    settings = AttendSettings(scale=1.0, kernel="reference")
     at = lengths[:, None] - 1
-    y = attend(q.swapaxes(1, 2), [held], at, rules, block=block).swapaxes(1, 2)
+    y = attend(q.swapaxes(1, 2), [held], at, settings, block=block).swapaxes(1, 2)
     some = np.asarray(lengths) > 0
     np.testing.assert_allclose(np.asarray(y)[some], expected[some], rtol=0, atol=2e-5)
     assert (np.asarray(y)[~some] == 0).all()

@@ -9,11 +9,11 @@ import raptax
 from raptax import Causal, SoftCap, attention, create_block_mask
 from raptax._core.errors import check_dropout
 from raptax.block_mask import EMPTY, FULL
-from raptax.kernels.cpu.library import why_missing
+from raptax.kernels.cpu.library import missing_reason
 
 B, H, T, D = 2, 2, 6, 4
 Q = jnp.asarray(np.random.default_rng(0).normal(size=(B, H, T, D)), jnp.float32)
-KERNELS = ["reference", "blockwise", *([] if why_missing() else ["native"])]
+KERNELS = ["reference", "blockwise", *([] if missing_reason() else ["native"])]
 
 
 def always(value):

@@ -8,7 +8,7 @@ from jax import lax
 
 import raptax
 from raptax.kernels.blockwise import blockwise_attention
-from raptax.kernels.cpu.library import why_missing
+from raptax.kernels.cpu.library import missing_reason
 from raptax.kernels.reference import reference_attention
 
 B, H, T, D = 2, 2, 9, 4
@@ -32,7 +32,7 @@ SCORES = {
     "logn": (raptax.LogN, (3,), (5,)),
 }
 MODS = MASKS | SCORES
-KERNELS = ["blockwise", "reference", *([] if why_missing() else ["native"])]
+KERNELS = ["blockwise", "reference", *([] if missing_reason() else ["native"])]
 
 
 def attend(mod, kernel, **options):

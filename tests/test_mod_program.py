@@ -43,7 +43,7 @@ IDS = jnp.asarray(np.arange(S)[None] // 9 + np.arange(B)[:, None], jnp.int32)
 HERE = position_indices(
     B, H, jnp.arange(T, dtype=jnp.int32)[None] + S - T, jnp.arange(S, dtype=jnp.int32)
 )
-# Every mask and score change of the library; a test says that none is missing.
+# Every mask_mod and score_mod of the library; a test says that none is missing.
 MASKS: dict[str, Any] = {
     "causal": Causal(),
     "sliding window": raptax.SlidingWindow(5),

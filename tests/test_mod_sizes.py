@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 import raptax
 from raptax import Causal, attention, create_block_mask, mods, varlen_attention
 from raptax.api.varlen import _PackedMask
-from raptax.kernels.cpu.library import why_missing
+from raptax.kernels.cpu.library import missing_reason
 from raptax.mods import check_mods
 
 B, H, T, D = 3, 4, 6, 4
 RNG = np.random.default_rng(0)
 Q = jnp.asarray(RNG.normal(size=(B, H, T, D)), jnp.float32)
-KERNELS = ["blockwise", *([] if why_missing() else ["native"])]
+KERNELS = ["blockwise", *([] if missing_reason() else ["native"])]
 
 
 def whole(*shape, most=4):

@@ -167,7 +167,7 @@ def test_layers_unlike_do_not_stack(tmp_path):
 
 
 def empty_cache(decoder, lengths, page_size=8):
-    """Pages are held in no order, with some that nobody holds."""
+    """Pages are held in no order, with some that no sequence holds."""
     pages = sum(-(-length // page_size) for length in lengths) + 3
     allocator = PageAllocator(pages, page_size)
     tables = [[] for _ in lengths]
@@ -188,7 +188,7 @@ def empty_cache(decoder, lengths, page_size=8):
 def in_steps(decoder, sequences, steps, rows):
     """Logits of each sequence when ``steps`` say how many rows of each come at once.
 
-    A step has room for ``rows`` rows, so that one program does for all, or for one.
+    A step takes ``rows`` rows, so that one program does for all, or for one.
     """
     graph, state = nnx.split(decoder)
     cache = empty_cache(decoder, [len(tokens) for tokens in sequences])

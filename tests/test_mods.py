@@ -1,4 +1,4 @@
-"""Every mask and score change against its definition, one score at a time."""
+"""Every mask_mod and score_mod against its definition, one score at a time."""
 
 import inspect
 import math
@@ -189,12 +189,15 @@ def positions(start):
     )
 
 
-def by_definition(rule, start):
+def by_definition(definition, start):
     first = np.broadcast_to(S - T if start is None else start, B)
     return np.array(
         [
             [
-                [[rule(b, h, int(first[b]) + t, k) for k in range(S)] for t in range(T)]
+                [
+                    [definition(b, h, int(first[b]) + t, k) for k in range(S)]
+                    for t in range(T)
+                ]
                 for h in range(H)
             ]
             for b in range(B)
@@ -207,9 +210,9 @@ def by_definition(rule, start):
 )
 @pytest.mark.parametrize("name", MASKS)
 def test_mask_is_its_definition(name, start):
-    build, rule = MASKS[name]
+    build, definition = MASKS[name]
     allowed = jax.jit(lambda mask, at: mask(*at))(build(), positions(start))
-    expected = by_definition(rule, start)
+    expected = by_definition(definition, start)
     np.testing.assert_array_equal(np.broadcast_to(allowed, expected.shape), expected)
 
 
@@ -288,12 +291,12 @@ SCORES = {
 @pytest.mark.parametrize("start", [None, jnp.array([-2, 7])], ids=["end", "its own"])
 @pytest.mark.parametrize("name", SCORES)
 def test_score_change_is_its_definition(name, start):
-    build, rule = SCORES[name]
+    build, definition = SCORES[name]
     x = RNG.normal(size=(B, H, T, S)).astype(np.float32)
     out = jax.jit(lambda mod, x, at: mod(x, *at))(build(), x, positions(start))
     first = np.broadcast_to(S - T if start is None else start, B)
     expected = [
-        rule(float(x[b, h, t, k]), b, h, int(first[b]) + t, k)
+        definition(float(x[b, h, t, k]), b, h, int(first[b]) + t, k)
         for b, h, t, k in np.ndindex(x.shape)
     ]
     np.testing.assert_allclose(out.reshape(-1), expected, rtol=2e-6, atol=1e-6)

@@ -131,8 +131,8 @@ MASKS = {
 
 @pytest.mark.parametrize("name", MASKS)
 def test_a_mask_is_the_same_as_array_and_as_score_change(name):
-    score_mod, array, rule = MASKS[name]
-    expected = np.broadcast_to(rule(*rows_and_keys()), (B, 1, S, S))
+    score_mod, array, definition = MASKS[name]
+    expected = np.broadcast_to(definition(*rows_and_keys()), (B, 1, S, S))
     np.testing.assert_array_equal(np.broadcast_to(array(), expected.shape), expected)
     q, k, v = arrays()
     by_score = attnax.standard_attention(q, k, v, score_mod=score_mod())

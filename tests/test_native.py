@@ -26,8 +26,8 @@ from raptax.kernels.cpu import library as native
 from raptax.kernels.cpu.forward import (
     UNLIMITED,
     native_attention,
+    native_unsupported_reason,
     split_band,
-    why_not_native,
 )
 from tests.instruction_sets import GENERIC_FIRST, INSTRUCTION_SETS
 from tests.problems import PROBLEMS, Problem
@@ -272,19 +272,21 @@ def test_bands():
 
 def test_what_it_declines(monkeypatch):
     q, k, v = Problem("declined").arrays(jnp.float32)
-    assert why_not_native(q, k, v) is None
+    assert native_unsupported_reason(q, k, v) is None
     with jax.enable_x64(True):
         wide = [x.astype(jnp.float64) for x in (q, k, v)]
-        assert "float64 asks for more" in why_not_native(*wide)
+        assert "float64 asks for more" in native_unsupported_reason(*wide)
     sort = lambda s, b, h, i, j: jnp.sort(s, axis=-1)
-    assert why_not_native(q, k, v, score_mod=sort).startswith("its score_mod ")
+    assert native_unsupported_reason(q, k, v, score_mod=sort).startswith(
+        "its score_mod "
+    )
     with pytest.raises(Unsupported, match="native cannot run this: its score_mod "):
         native_attention(q, k, v, score_mod=sort)
     module = sys.modules[
-        why_not_native.__module__
+        native_unsupported_reason.__module__
     ]  # its name is that of a function too
-    monkeypatch.setattr(module, "why_missing", lambda: "no")
-    assert why_not_native(q, k, v) == "no"
+    monkeypatch.setattr(module, "missing_reason", lambda: "no")
+    assert native_unsupported_reason(q, k, v) == "no"
     with pytest.raises(Unsupported, match="native cannot run this: no"):
         native_attention(q, k, v)
 

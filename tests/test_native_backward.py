@@ -164,7 +164,7 @@ def test_a_bias_that_serves_many_gets_the_sum(axes):
 
 
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
-def test_nan_where_nobody_looks_reaches_no_gradient(bad):
+def test_nan_that_no_query_sees_reaches_no_gradient(bad):
     problem = Problem("unseen", B=1, T=300, S=500, D=64, E=64)
     q, k, v = problem.arrays(jnp.bfloat16)
     loss = lambda q, k, v: native_attention(

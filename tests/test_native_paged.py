@@ -29,11 +29,11 @@ from raptax import (
 from raptax.kernels.cpu import library as native
 from raptax.kernels.paged import attention as paged
 from raptax.mods import FunctionMod
-from raptax.quant.rows import is_code, quantise
+from raptax.quant.rows import is_code, quantize
 from tests.instruction_sets import GENERIC_FIRST, REFUSED
 
 pytestmark = pytest.mark.skipif(
-    not native.available(), reason=f"no native kernels: {native.why_missing()}"
+    not native.available(), reason=f"no native kernels: {native.missing_reason()}"
 )
 FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
 CODES = (jnp.int8, jnp.float8_e4m3fn, jnp.float8_e5m2)
@@ -64,12 +64,12 @@ class Batch:
         return jnp.asarray(rng.normal(size=shape), jnp.float32)
 
     def rows(self) -> list[jax.Array]:
-        """Query, key, value; rubbish in the rows that belong to nobody."""
+        """Query, key, value; filler in the rows of no sequence."""
         R = sum(self.new)
         sizes = (self.H, self.D), (self.K, self.D), (self.K, self.E)
         rows = [self.random(n, R, *size) for n, size in enumerate(sizes)]
-        rubbish = [jnp.full((self.padding, *size), jnp.nan) for size in sizes]
-        both = zip(rows, rubbish, strict=True)
+        filler = [jnp.full((self.padding, *size), jnp.nan) for size in sizes]
+        both = zip(rows, filler, strict=True)
         return [jnp.concatenate(x).astype(self.dtype) for x in both]
 
     def tables(self, seed: int | None = 0) -> tuple[list[list[int]], int]:
@@ -82,8 +82,8 @@ class Batch:
         pages = [order[a:b].tolist() for a, b in itertools.pairwise(ends)]
         return pages, len(order)
 
-    def cache(self, order: int | None = 0, rubbish: float = jnp.nan) -> PagedKVCache:
-        """Holds its tokens in layer 1; ``rubbish`` lies wherever there are none."""
+    def cache(self, order: int | None = 0, filler: float = jnp.nan) -> PagedKVCache:
+        """Holds its tokens in layer 1; ``filler`` lies wherever there are none."""
         pages, count = self.tables(order)
         params = KVCacheParams(
             dtype=self.stored,
@@ -98,11 +98,11 @@ class Batch:
             params, pages=count, sequences=len(pages), max_pages=width
         )
         tables = cache.with_tables(pages, self.held)
-        pool = [self.fill(x, pages, rubbish, n) for n, x in enumerate(cache.pool[:2])]
+        pool = [self.fill(x, pages, filler, n) for n, x in enumerate(cache.pool[:2])]
         return self.with_pool(tables, *pool)
 
-    def fill(self, empty: jax.Array, pages, rubbish: float, seed: int) -> np.ndarray:
-        pool = np.full(empty.shape, rubbish, np.float32)
+    def fill(self, empty: jax.Array, pages, filler: float, seed: int) -> np.ndarray:
+        pool = np.full(empty.shape, filler, np.float32)
         for b, (held, mine) in enumerate(zip(self.held, pages, strict=True)):
             numbers = self.random(
                 100 * b + seed, held, *empty.shape[2:3], empty.shape[4]
@@ -116,7 +116,7 @@ class Batch:
             pages = [jnp.asarray(x).astype(self.stored) for x in (k, v)]
             return dataclasses.replace(cache, k_pages=pages[0], v_pages=pages[1])
         (k, k_scales), (v, v_scales) = (
-            quantise(jnp.asarray(x), self.stored) for x in (k, v)
+            quantize(jnp.asarray(x), self.stored) for x in (k, v)
         )
         return dataclasses.replace(
             cache, k_pages=k, v_pages=v, k_scales=k_scales, v_scales=v_scales
@@ -124,23 +124,23 @@ class Batch:
 
 
 @functools.partial(jax.jit, static_argnames="kernel", donate_argnums=0)
-def step(cache, rows, offsets, rules, kernel):
+def step(cache, rows, offsets, mods, kernel):
     return cache.append_and_attend(
-        *rows, row_offsets=offsets, layer=jnp.int32(1), kernel=kernel, **rules
+        *rows, row_offsets=offsets, layer=jnp.int32(1), kernel=kernel, **mods
     )
 
 
-def run(batch: Batch, kernel: str = "native", cache=None, **rules: Any):
+def run(batch: Batch, kernel: str = "native", cache=None, **mods: Any):
     cache = batch.cache() if cache is None else cache
-    rules = {"mask_mod": Causal()} | rules
-    return step(cache, batch.rows(), jnp.asarray(batch.offsets), rules, kernel)
+    mods = {"mask_mod": Causal()} | mods
+    return step(cache, batch.rows(), jnp.asarray(batch.offsets), mods, kernel)
 
 
 def numbers(x: jax.Array) -> np.ndarray:
     return np.asarray(x.astype(jnp.float32))
 
 
-def dense(batch: Batch, cache: PagedKVCache, **rules: Any) -> np.ndarray:
+def dense(batch: Batch, cache: PagedKVCache, **mods: Any) -> np.ndarray:
     """The definition in float64, sequence by sequence, from what the pages now hold."""
     k, v, k_scales, v_scales = (
         None if x is None else np.asarray(x[1].astype(jnp.float32), np.float64)
@@ -150,8 +150,8 @@ def dense(batch: Batch, cache: PagedKVCache, **rules: Any) -> np.ndarray:
         k, v = k * k_scales[..., None], v * v_scales[..., None]
     query, pages = numbers(batch.rows()[0]), batch.tables()[0]
     out = np.zeros((len(query), batch.H, batch.E))
-    scale = float(rules.get("scale", batch.D**-0.5))
-    mask_mod, score_mod = (rules.get(n) for n in ("mask_mod", "score_mod"))
+    scale = float(mods.get("scale", batch.D**-0.5))
+    mask_mod, score_mod = (mods.get(n) for n in ("mask_mod", "score_mod"))
     for b, (held, new) in enumerate(zip(batch.held, batch.new, strict=True)):
         if not new:
             continue
@@ -187,11 +187,11 @@ def dense(batch: Batch, cache: PagedKVCache, **rules: Any) -> np.ndarray:
 CLOSE = {"float32": 5e-6, "float16": 2e-3, "bfloat16": 1.6e-2}
 
 
-def agree(batch: Batch, **rules: Any) -> PagedKVCache:
-    rules = {"mask_mod": Causal()} | rules
-    out, after = run(batch, **rules)
+def agree(batch: Batch, **mods: Any) -> PagedKVCache:
+    mods = {"mask_mod": Causal()} | mods
+    out, after = run(batch, **mods)
     close = CLOSE[jnp.dtype(batch.dtype).name]
-    expected = dense(batch, after, **rules)
+    expected = dense(batch, after, **mods)
     np.testing.assert_allclose(numbers(out), expected, rtol=0, atol=close)
     assert (out[batch.offsets[-1] :] == 0).all()
     return after
@@ -221,7 +221,7 @@ def every_third(b, h, q, k):
     return ((q + k + h + b) % 3 > 0) & (k <= q)
 
 
-RULES = {
+MODS = {
     "window": dict(mask_mod=SlidingWindow(7)),
     "nothing": dict(mask_mod=KeyLengths(0)),
     "both ways": dict(mask_mod=Window(20, 3)),
@@ -242,9 +242,9 @@ def test_agrees_with_the_definition(name):
 
 
 @pytest.mark.parametrize("new", [(1, 1, 2, 1), (50, 3, 70, 1)])
-@pytest.mark.parametrize("rule", RULES)
-def test_rules(rule, new):
-    agree(Batch(new=new), **RULES[rule])
+@pytest.mark.parametrize("mods", MODS)
+def test_masks_and_score_mods(mods, new):
+    agree(Batch(new=new), **MODS[mods])
 
 
 QUICK = [(jnp.float32, jnp.float32), (jnp.bfloat16, jnp.bfloat16)]
@@ -281,10 +281,10 @@ def test_rows_of_zeros_and_of_nan(stored):
     rows = batch.rows()
     rows[1] = rows[1].at[1].set(0)
     rows[2] = rows[2].at[1].set(0).at[3, 0, 2].set(jnp.inf)
-    rules = dict(mask_mod=Causal())
+    mods = dict(mask_mod=Causal())
     offsets = jnp.asarray(batch.offsets)
-    out, cache = step(batch.cache(), rows, offsets, rules, "native")
-    plain, other = step(batch.cache(), rows, offsets, rules, "jax")
+    out, cache = step(batch.cache(), rows, offsets, mods, "native")
+    plain, other = step(batch.cache(), rows, offsets, mods, "jax")
     for x, y in zip(cache.pool, other.pool, strict=True):
         np.testing.assert_array_equal(numbers(x), numbers(y))
     assert np.isnan(numbers(out[3, :3])).all()
@@ -295,7 +295,7 @@ def test_rows_of_zeros_and_of_nan(stored):
 @pytest.mark.parametrize("dtype", FLOATS, ids=lambda x: jnp.dtype(x).name)
 @pytest.mark.parametrize("new", [(1, 1, 1, 1), (70, 9, 3, 40)])
 def test_what_is_not_finite_reaches_who_sees_it(dtype, new):
-    """And nobody else: the rows before it, other sequences, other heads."""
+    """And nothing else: the rows before it, other sequences, other heads."""
     batch = Batch(dtype=dtype, stored=dtype, new=new, padding=0)
     cache = batch.cache()
     page, slot = int(cache.table[2, 150 // 8]), 150 % 8
@@ -307,9 +307,9 @@ def test_what_is_not_finite_reaches_who_sees_it(dtype, new):
     }
     good, _ = run(batch)
     for name, poisoned in bad.items():
-        rules = {} if name != "far" else dict(mask_mod=SlidingWindow(50))
-        clean = good if not rules else run(batch, **rules)[0]
-        out, _ = run(batch, cache=jax.tree.map(jnp.copy, poisoned), **rules)
+        mods = {} if name != "far" else dict(mask_mod=SlidingWindow(50))
+        clean = good if not mods else run(batch, **mods)[0]
+        out, _ = run(batch, cache=jax.tree.map(jnp.copy, poisoned), **mods)
         mine = slice(int(batch.offsets[2]), int(batch.offsets[3]))
         if name != "far":
             assert np.isnan(numbers(out[mine, :3])).all()
@@ -337,8 +337,8 @@ def test_queries_that_are_not_finite():
 def test_unused_slots_and_page_ids_change_no_bit(stored):
     batch = Batch(stored=stored, dtype=jnp.bfloat16, new=(1, 60, 3, 0))
     out, _ = run(batch)
-    for order, rubbish in ((1, jnp.nan), (None, 7.0), (2, -jnp.inf)):
-        other, _ = run(batch, cache=batch.cache(order, rubbish))
+    for order, filler in ((1, jnp.nan), (None, 7.0), (2, -jnp.inf)):
+        other, _ = run(batch, cache=batch.cache(order, filler))
         np.testing.assert_array_equal(numbers(out), numbers(other))
 
 
@@ -431,19 +431,21 @@ def test_layers_that_the_pool_does_not_have(layer):
         )
 
 
-def test_why_not_is_a_sentence_and_naming_makes_it_an_error():
+def test_the_reason_is_a_sentence_and_naming_makes_it_an_error():
     batch = Batch()
     cache, query = batch.cache(), batch.rows()[0]
     options = dict(mask_mod=Causal(), score_mod=None)
-    assert paged.why_not_native(query, cache.pool, **options) is None
+    assert paged.native_unsupported_reason(query, cache.pool, **options) is None
     odd = lambda s, b, h, q, k: jnp.cumsum(s, -1)
-    reason = paged.why_not_native(query, cache.pool, mask_mod=None, score_mod=odd)
+    reason = paged.native_unsupported_reason(
+        query, cache.pool, mask_mod=None, score_mod=odd
+    )
     assert "cumsum" in reason
-    rules = dict(row_offsets=jnp.asarray(batch.offsets), score_mod=odd)
+    mods = dict(row_offsets=jnp.asarray(batch.offsets), score_mod=odd)
     with pytest.raises(NotImplementedError, match="cumsum"):
-        cache.append_and_attend(*batch.rows(), kernel="native", **rules)
+        cache.append_and_attend(*batch.rows(), kernel="native", **mods)
     with pytest.raises(ValueError, match="kernel='cuda' is not one of 'native', 'jax'"):
-        cache.append_and_attend(*batch.rows(), kernel="cuda", **rules)
+        cache.append_and_attend(*batch.rows(), kernel="cuda", **mods)
 
 
 # ------------------------------------------------------------------------------- in place
@@ -518,7 +520,7 @@ def test_the_pool_stays_where_it_is(program):
 
 def test_without_donation_the_old_cache_stays():
     batch = Batch()
-    cache = batch.cache(rubbish=1.5)
+    cache = batch.cache(filler=1.5)
     old = np.array(cache.k_pages)
     _, after = cache.append_and_attend(
         *batch.rows(), row_offsets=jnp.asarray(batch.offsets), layer=1
@@ -527,7 +529,7 @@ def test_without_donation_the_old_cache_stays():
     assert (np.asarray(after.k_pages) != old).any()
 
 
-def test_quantised_pools_stay_where_they_are():
+def test_quantized_pools_stay_where_they_are():
     batch = Batch(stored=jnp.int8)
     cache = batch.cache()
     before = [x.unsafe_buffer_pointer() for x in cache.pool]
@@ -581,7 +583,7 @@ for name in ("mixed", "splits", "chunks", "odd sizes", "large group"):
     t.agree(t.BATCHES[name])
 for stored in (*t.FLOATS, *t.CODES):
     t.agree(t.Batch(dtype=jnp.bfloat16, stored=stored, new=(1, 40, 3, 0), H=12))
-t.agree(t.Batch(stored=jnp.float16, new=(1, 40, 3, 0)), **t.RULES["all"])
+t.agree(t.Batch(stored=jnp.float16, new=(1, 40, 3, 0)), **t.MODS["all"])
 t.test_pages_that_a_program_masks_may_be_missing(jnp.bfloat16, (40, 1, 70))
 print("agrees")
 """

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from raptax import KVCacheParams, PageAllocator, PagedKVCache, SlidingWindow
 from raptax.kernels.cpu import library as native
-from raptax.quant.rows import dequantise, quantise
+from raptax.quant.rows import dequantize, quantize
 from tests.instruction_sets import REFUSED
 
 B, H, K, D, P = 3, 4, 2, 8, 4
@@ -56,7 +56,7 @@ def vectors(token: int, dtype) -> list[np.ndarray]:
 def stored(x: np.ndarray, dtype) -> np.ndarray:
     if dtype == jnp.float32:
         return x
-    return np.asarray(dequantise(*quantise(jnp.asarray(x), dtype)))
+    return np.asarray(dequantize(*quantize(jnp.asarray(x), dtype)))
 
 
 class Model:

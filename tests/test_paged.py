@@ -1,4 +1,4 @@
-"""Pages: ragged batches equal one pass, and a page is nobody's but its owner's."""
+"""Pages: ragged batches equal one pass, and a page belongs to its owner alone."""
 
 import dataclasses
 import functools
@@ -31,7 +31,7 @@ PARAMS = KVCacheParams(
     num_layers=L,
     page_size=P,
 )
-RULES = {
+MODS = {
     "causal": dict(mask_mod=Causal()),
     "window": dict(mask_mod=SlidingWindow(7)),
     "soft cap": dict(mask_mod=Causal(), score_mod=SoftCap(2.0)),
@@ -57,10 +57,10 @@ SEQUENCES = [tokens(length, seed) for seed, length in enumerate(LENGTHS)]
 
 
 @functools.cache
-def one_pass(rule: str) -> list[jax.Array]:
+def one_pass(mods: str) -> list[jax.Array]:
     """Each sequence by itself, without a cache."""
     return [
-        attention(*(x.swapaxes(0, 1)[None] for x in rows), **RULES[rule])[0].swapaxes(
+        attention(*(x.swapaxes(0, 1)[None] for x in rows), **MODS[mods])[0].swapaxes(
             0, 1
         )
         for rows in SEQUENCES
@@ -74,15 +74,15 @@ def empty_cache(pages: int = 30, fill: float = jnp.nan) -> PagedKVCache:
     )
 
 
-@functools.partial(jax.jit, static_argnames=("rule", "kernel"), donate_argnums=0)
-def step(cache, rows, row_offsets, rule, kernel=None):
+@functools.partial(jax.jit, static_argnames=("mods", "kernel"), donate_argnums=0)
+def step(cache, rows, row_offsets, mods, kernel=None):
     out, cache = cache.append_and_attend(
-        *rows, row_offsets=row_offsets, layer=1, kernel=kernel, **RULES[rule]
+        *rows, row_offsets=row_offsets, layer=1, kernel=kernel, **MODS[mods]
     )
     return out, cache.advance(row_offsets)
 
 
-def serve(rule, split, cache, held, allocator=None, padding=3, kernel=None):
+def serve(mods, split, cache, held, allocator=None, padding=3, kernel=None):
     """Runs a split through the cache; the outputs of each sequence, put together."""
     done, outs = np.zeros(3, int), [[], [], []]
     for new in split:
@@ -94,10 +94,10 @@ def serve(rule, split, cache, held, allocator=None, padding=3, kernel=None):
             [x[d : d + n] for x in rows]
             for rows, d, n in zip(SEQUENCES, done, new, strict=True)
         ]
-        rubbish = [jnp.full((padding, *x.shape[1:]), jnp.nan) for x in SEQUENCES[0]]
-        rows = [jnp.concatenate([*x, r]) for *x, r in zip(*parts, rubbish, strict=True)]
+        filler = [jnp.full((padding, *x.shape[1:]), jnp.nan) for x in SEQUENCES[0]]
+        rows = [jnp.concatenate([*x, r]) for *x, r in zip(*parts, filler, strict=True)]
         offsets = np.cumsum([0, *new])
-        out, cache = step(cache, rows, jnp.asarray(offsets, jnp.int32), rule, kernel)
+        out, cache = step(cache, rows, jnp.asarray(offsets, jnp.int32), mods, kernel)
         assert (out[offsets[-1] :] == 0).all()
         for b in range(3):
             outs[b].append(out[offsets[b] : offsets[b + 1]])
@@ -108,14 +108,14 @@ def serve(rule, split, cache, held, allocator=None, padding=3, kernel=None):
 
 @pytest.mark.parametrize("kernel", [None, pytest.param("jax", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("split", SPLITS)
-@pytest.mark.parametrize("rule", RULES)
-def test_any_split_equals_one_pass(rule, split, kernel):
+@pytest.mark.parametrize("mods", MODS)
+def test_any_split_equals_one_pass(mods, split, kernel):
     """Pages start as NaN, padding rows are NaN: what is not held is never seen."""
     allocator = PageAllocator(30, P)
     outs, _ = serve(
-        rule, SPLITS[split], empty_cache(), [[], [], []], allocator, kernel=kernel
+        mods, SPLITS[split], empty_cache(), [[], [], []], allocator, kernel=kernel
     )
-    for out, expected in zip(outs, one_pass(rule), strict=True):
+    for out, expected in zip(outs, one_pass(mods), strict=True):
         np.testing.assert_allclose(out, expected, rtol=0, atol=2e-6)
 
 

@@ -64,8 +64,8 @@ def arguments() -> dict[str, jax.Array]:
     return arrays | dict(scale=jnp.float32(0.4))
 
 
-def rules(x, mask_mod=SlidingWindow(7)):
-    """A score change that is a plain function, and captures an array."""
+def mods_of(x, mask_mod=SlidingWindow(7)):
+    """A score_mod that is a plain function, and captures an array."""
 
     def change(scores, b, h, q, k):
         away = (q - k).astype(scores.dtype)
@@ -85,7 +85,7 @@ def by_pages(x, kernel, **changes):
         layer=0,
         return_lse=True,
         kernel=kernel,
-        **rules(x) | changes,
+        **mods_of(x) | changes,
     )
     return out, lse, pool
 
@@ -106,7 +106,7 @@ def by_sequence(x):
             for pages, rows, size in (("k_pages", "key", D), ("v_pages", "value", E))
         )
         q, k, v = (a.swapaxes(0, 1)[None] for a in (x["query"][mine], k, v))
-        out, lse = attention(q, k, v, return_lse=True, kernel="reference", **rules(x))
+        out, lse = attention(q, k, v, return_lse=True, kernel="reference", **mods_of(x))
         outs.append((out[0].swapaxes(0, 1), lse[0].swapaxes(0, 1)))
     out, lse = (jnp.concatenate(a) for a in zip(*outs, strict=True))
     return out, lse
@@ -151,7 +151,7 @@ def test_outputs_and_log_sum_exp(kernel):
 
 @KERNELS
 def test_gradients(kernel):
-    """Of every array at once; those of padding, and of pages nobody holds, are 0."""
+    """Of every array at once; 0 for padding, and for pages that no sequence holds."""
     value, gradients = jax.jit(jax.value_and_grad(loss), static_argnums=1)(
         arguments(), kernel
     )
@@ -176,7 +176,7 @@ def test_gradients_of_attention_alone(kernel):
             **WHERE | dict(lengths=WHERE["lengths"] + jnp.asarray(NEW, jnp.int32)),
             return_lse=True,
             kernel=kernel,
-            **rules(x),
+            **mods_of(x),
         )
         return weighed(out, lse)
 

@@ -1,4 +1,4 @@
-"""The house stands: imports go down, sizes stay small, importing touches nothing."""
+"""The whole package: imports go down, sizes stay small, importing touches nothing."""
 
 import subprocess
 import sys
@@ -108,14 +108,14 @@ def test_importing_touches_no_device():
 
 
 def test_importing_does_not_load_the_native_library():
-    loaded = "from raptax.kernels.cpu.library import why_missing as missing"
+    loaded = "from raptax.kernels.cpu.library import missing_reason as missing"
     shown = f"{IMPORT_EVERYTHING}\n{loaded}; print(missing.cache_info())"
     command = [sys.executable, "-c", shown]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "currsize=0" in result.stdout
 
 
-@pytest.mark.skipif(not native.available(), reason=str(native.why_missing()))
+@pytest.mark.skipif(not native.available(), reason=str(native.missing_reason()))
 def test_a_jitted_program_reaches_the_native_library():
     x = jnp.arange(6, dtype=jnp.int32).reshape(2, 3)
     np.testing.assert_array_equal(jax.jit(native.probe)(x), np.asarray(x) + 1)
@@ -124,7 +124,7 @@ def test_a_jitted_program_reaches_the_native_library():
 
 def test_a_missing_native_library_is_explained(monkeypatch):
     reason = "no compiler was found"
-    monkeypatch.setattr(native, "why_missing", lambda: reason)
+    monkeypatch.setattr(native, "missing_reason", lambda: reason)
     assert not native.available()
     assert f"native kernels  no: {reason}" in info.report()
     with pytest.raises(NotImplementedError, match=reason):

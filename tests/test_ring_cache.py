@@ -10,7 +10,7 @@ import pytest
 
 from raptax import SlidingWindow, attention
 from raptax.kv_cache.contiguous import ContiguousKVCache, Partition
-from raptax.kv_cache.positioned import Rules, attend
+from raptax.kv_cache.positioned import AttendSettings, attend
 from raptax.kv_cache.quantization import KVQuantization
 from raptax.kv_cache.sliding_window import RingKVCache
 
@@ -31,8 +31,8 @@ def ring(rollback: int, slots: int | None = None, **options) -> RingKVCache:
 
 @jax.jit
 def feed(cache, x):
-    rules = Rules(mask_mod=SlidingWindow(WINDOW), kernel="blockwise")
-    return cache.append_and_attend(*x, rules)
+    settings = AttendSettings(mask_mod=SlidingWindow(WINDOW), kernel="blockwise")
+    return cache.append_and_attend(*x, settings)
 
 
 @functools.cache
@@ -144,8 +144,8 @@ def test_a_contiguous_cache_forgets_drafts(traced):
     put = lambda x: jnp.stack([x[0, 5:6], x[1, 6:7]])
     cache = cache.append_ragged(put(k), put(v))
     at = jnp.asarray([[5], [6]], jnp.int32)
-    rules = Rules(mask_mod=SlidingWindow(WINDOW), kernel="blockwise")
-    out = attend(put(q).swapaxes(1, 2), cache.held(jnp.float32), at, rules)[:, :, 0]
+    settings = AttendSettings(mask_mod=SlidingWindow(WINDOW), kernel="blockwise")
+    out = attend(put(q).swapaxes(1, 2), cache.held(jnp.float32), at, settings)[:, :, 0]
     expected = np.stack([whole(8)[0, 5], whole(8)[1, 6]])
     np.testing.assert_allclose(out, expected, rtol=0, atol=2e-6)
     with pytest.raises(ValueError, match="must lie between 0 and those"):

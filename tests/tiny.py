@@ -194,7 +194,7 @@ def _add_field(writer: gguf.GGUFWriter, name: str, value: Any) -> None:
 
 
 def encoded(weight: np.ndarray, kind: Kind) -> np.ndarray:
-    """The bytes of a weight; of some like it, where gguf cannot quantise."""
+    """The bytes of a weight; of some like it, where gguf cannot quantize."""
     if kind not in (Kind.Q4_K, Kind.Q6_K):
         return gguf.quants.quantize(weight, kind)
     rng = np.random.default_rng(weight.size)

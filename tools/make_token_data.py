@@ -110,10 +110,10 @@ def load(path):
 def tokenize(vocab, text, *, add_special, parse_special):
     """The ids llama.cpp gives a text; names are llama.cpp's."""
     data = text.encode()
-    room = 2 * len(data) + 16
-    ids = (llama_cpp.llama_token * room)()
+    capacity = 2 * len(data) + 16
+    ids = (llama_cpp.llama_token * capacity)()
     count = llama_cpp.llama_tokenize(
-        vocab, data, len(data), ids, room, add_special, parse_special
+        vocab, data, len(data), ids, capacity, add_special, parse_special
     )
     return list(ids[:count])
 

@@ -19,7 +19,7 @@ def _devices() -> str:
 
 def report() -> str:
     """Versions, devices and native kernels, one line each. Starts JAX's backend."""
-    reason = native.why_missing()
+    reason = native.missing_reason()
     rows = {
         "python": f"{platform.python_version()} on {platform.platform()}",
         **{package: version(package) for package in PACKAGES},

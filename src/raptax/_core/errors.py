@@ -1,4 +1,4 @@
-"""What can go wrong, said once: what came, what was wanted, the likely slip."""
+"""Checks of shapes, dtypes and arguments; each error is one sentence."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any

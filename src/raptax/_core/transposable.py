@@ -1,8 +1,8 @@
-"""`linear`: a linear function that knows its transpose, for every derivative of JAX.
+"""`linear_with_transpose`: a linear function that brings its transpose.
 
 A custom gradient (`jax.custom_vjp`) shuts out forward mode and second order, and a
 custom tangent (`jax.custom_jvp`) leaves the transpose to JAX, which would store what
-the tangent's loops compute. A tangent that is built with `linear` brings its own
+the tangent's loops compute. A tangent built with `linear_with_transpose` brings its own
 transpose, and so gives both.
 
     jvp         run on the tangents
@@ -24,7 +24,7 @@ from jax.interpreters import ad, batching, mlir
 Function = Callable[..., Any]
 
 
-def linear(
+def linear_with_transpose(
     run: Function,
     transpose: Function,
     residuals: Any,

@@ -1,4 +1,4 @@
-"""The words this library is written in: shape letters, layouts, three callables.
+"""Shape letters, layouts, and the protocols of kernels, masks and score_mods.
 
 Every annotation and every shape comment uses the same letters.
 
@@ -8,16 +8,16 @@ Every annotation and every shape comment uses the same letters.
     N  pages in the pool            E  head size of v
     P  tokens per page              M  pages per sequence
     F  rotary frequencies           C  width of a layer's input and output
-    L  layers                       R  rows: tokens of all sequences, one after another
+    L  layers                       R  packed (ragged) tokens: sequence after sequence
 
 Arrays are head-major, ``(B, H, T, D)``. A kernel that needs another layout transposes
-at its own door, so no caller ever does. Ragged batches are rows ``(R, ...)`` with
+where they enter, so no caller ever does. Ragged batches are rows ``(R, ...)`` with
 ``row_offsets`` of ``B + 1`` entries: sequence ``b`` owns rows ``row_offsets[b]`` to
 ``row_offsets[b + 1] - 1``, and rows from ``row_offsets[B]`` on are padding.
 
 Positions are absolute. Query ``t`` stands at ``query_start + t``, and ``query_start``
-is ``S - T`` unless given: the last query sees the last key. Masks and score changes are
-rules on these positions, so they mean the same in training, prefill and decode.
+is ``S - T`` unless given: the last query sees the last key. Masks and score_mods are
+functions of these positions, so they mean the same in training, prefill and decode.
 """
 
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -103,8 +103,8 @@ class AttentionFn(Protocol):
     Args:
         query: Accumulation is float32, or wider if this dtype is.
         mask: True means "may attend". Combined with ``mask_mod`` by "and".
-        mask_mod: A rule on positions; see `MaskMod`. A `BlockMask` too, made for these
-            lengths: its tiles save a kernel the search for empty ones.
+        mask_mod: A function of positions; see `MaskMod`. A `BlockMask` too, made for
+            these lengths: its tiles save a kernel the search for empty ones.
         score_mod: A change of the scaled and biased scores; see `ScoreMod`.
         bias: Added to the scaled scores.
         sinks: For each query head, the score of one more key whose value is zero. It

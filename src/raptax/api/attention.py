@@ -1,4 +1,4 @@
-"""The door: one call that picks a kernel, and one that says how it picked."""
+"""`attention` picks a kernel and runs it; `explain` says how it picks."""
 
 import inspect
 from typing import Any
@@ -74,8 +74,8 @@ def attention(
             (B, T) and keys (B, S).
         query_lengths: Sequence ``b`` has so many queries; later rows are padding, whose
             output is zero. At most T.
-        key_lengths: Sequence ``b`` has so many keys, at most S; later ones are seen by
-            nobody. Lengths may be lists, and every array may be NumPy's.
+        key_lengths: Sequence ``b`` has so many keys, at most S; no query sees later
+            ones. Lengths may be lists, and every array may be NumPy's.
         query_start: Defaults to ``key_lengths - query_lengths``: the last query of each
             sequence stands at its last key, padding left aside.
         kernel: A name from `KERNELS`. Naming one turns "cannot" into an error.
@@ -243,10 +243,10 @@ def _candidates(name: str | None) -> tuple[Kernel, ...]:
 def _choose(name: str | None, query, key, value, problem: dict[str, Any]) -> Kernel:
     """The kernel that runs; see `attention`."""
     for kernel in _candidates(name):
-        reason = kernel.why_not(query, key, value, **problem)
+        reason = kernel.unsupported_reason(query, key, value, **problem)
         if name is not None and reason is not None:
             raise Unsupported(f"kernel={name!r} cannot run this: {reason}.")
-        later = name is None and kernel.why_later(query, key, value, **problem)
+        later = name is None and kernel.not_default_reason(query, key, value, **problem)
         if reason is None and not later:
             return kernel
     raise Unsupported(
@@ -272,8 +272,8 @@ def explain(
     problem = _traced(query, key, problem)
     candidates, lines, taken = _candidates(kernel), [], False
     for candidate in KERNELS:
-        reason = candidate.why_not(query, key, value, **problem)
-        later = candidate.why_later(query, key, value, **problem)
+        reason = candidate.unsupported_reason(query, key, value, **problem)
+        later = candidate.not_default_reason(query, key, value, **problem)
         runs = candidate in candidates and not taken and reason is None
         if reason is not None:
             verdict = f"cannot: {reason}"

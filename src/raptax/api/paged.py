@@ -30,7 +30,7 @@ def paged_attention(
     """Attends to keys and values that lie in pages; appends nothing.
 
     Args:
-        query: Rows of all sequences, ``row_offsets`` apart. The last row of a sequence
+        query: Packed (ragged) tokens, ``row_offsets`` apart. The last row of a sequence
             stands at its last key.
         k_pages: Keys of a pool of pages of ``P`` tokens.
         v_pages: Values of the same pages.

@@ -225,7 +225,7 @@ def _create(mask_mod, start, grid, batch, heads):
     return BlockMask(kinds, mask_mod, start, grid.block, grid.lengths, *differ)
 
 
-def tile_kinds(
+def block_kinds(
     mask_mod: MaskMod, start: Int[Array, " #B"], grid: Grid, batch: int, heads: int
 ) -> Int8[Array, "#B #H QT KT"]:
     """The kinds of a `BlockMask`, as far as they can be told without a look at scores."""

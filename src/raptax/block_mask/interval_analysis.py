@@ -1,4 +1,4 @@
-"""What a function returns while its arguments range over intervals.
+"""Interval analysis: bounds of what a jaxpr returns for intervals of arguments.
 
 `analyse` walks a jaxpr once, with an `Interval` of arrays in place of each array: every
 operation becomes the pair of operations that bound it. Arrays of bounds have the shape

@@ -76,7 +76,7 @@ def flash_attention(
     return attention(query, key, value, **options)
 
 
-# ------------------------------------------------------------------------ score changes
+# -------------------------------------------------------------------------- score_mods
 
 
 def mask_mod_to_score_mod(mask_mod: MaskMod) -> ScoreMod:
@@ -90,22 +90,22 @@ def alibi_mod(num_heads: int) -> ScoreMod:
 
 
 def causal_mod() -> ScoreMod:
-    """`Causal` as a score change."""
+    """`Causal` as a score_mod."""
     return MaskedScore(Causal())
 
 
 def sliding_window_mod(window_size: int, *, causal: bool = True) -> ScoreMod:
-    """`_window` as a score change."""
+    """`_window` as a score_mod."""
     return MaskedScore(_window(window_size, causal))
 
 
 def prefix_lm_mod(prefix_lengths: Int[Array, " B"]) -> ScoreMod:
-    """`PrefixLM` as a score change."""
+    """`PrefixLM` as a score_mod."""
     return MaskedScore(PrefixLM(prefix_lengths))
 
 
 def document_mask_mod(document_ids: Int[Array, "#B S"]) -> ScoreMod:
-    """`Documents` as a score change."""
+    """`Documents` as a score_mod."""
     return MaskedScore(Documents(document_ids))
 
 

@@ -201,7 +201,7 @@ def _power_of_two(n: int) -> int:
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def prefill(graph, state, cache, tokens, row_offsets):
-    """Takes in rows of all sequences: the cache and the logits after each one's last."""
+    """Takes in packed (ragged) tokens: the cache and the logits after each one's last."""
     logits, cache = nnx.merge(graph, state)(
         tokens, cache, row_offsets=row_offsets, logit_rows=row_offsets[1:] - 1
     )

@@ -24,19 +24,19 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from .._core.manual_axes import same_manual_axes
-from .._core.transposable import linear
+from .._core.transposable import linear_with_transpose
 from .._core.types import Attended, DropoutKey, Indices, MaskMod, ScoreMod
-from ..block_mask import BlockMask, Grid, tile_kinds
+from ..block_mask import BlockMask, Grid, block_kinds
 from ..mods import apply_mask, apply_score
 from .partition import partitioned
 from .problem import AttentionParams, named, unfolded, with_lengths
-from .softmax import Running, accumulator, finite, poison
+from .softmax import OnlineSoftmax, accumulator, finite, poison
 from .tiles import (
-    Fixed,
-    Inputs,
+    DiffInputs,
+    NonDiffArrays,
     Plan,
-    Problem,
     Tile,
+    TiledProblem,
     cut,
     cut_short,
     gather_rows,
@@ -123,7 +123,7 @@ def _blockwise(query, key, value, params):
 
 def prepare(
     query: jax.Array, key: jax.Array, value: jax.Array, params: AttentionParams
-) -> tuple[Problem, Fixed, Inputs]:
+) -> tuple[TiledProblem, NonDiffArrays, DiffInputs]:
     """The arguments of `_attend`, whose arrays are those of this trace."""
     (B, H, T, _), S, dtype = query.shape, key.shape[2], accumulator(query.dtype)
     start = jnp.asarray(params.start, jnp.int32).reshape(-1)
@@ -132,15 +132,15 @@ def prepare(
     if isinstance(mask_mod, BlockMask):
         tile = Tile(min(mask_mod.block[0], T), min(mask_mod.block[1], S))
         mask_mod, kinds = mask_mod.mask_mod, mask_mod.kinds
-    rules = Problem(tile, (B, H, T, S))
-    if kinds is None and mask_mod is not None and rules.many_tiles:
-        kinds = tile_kinds(mask_mod, start, Grid(tile, (T, S)), B, H)
-    at = rules.indices(start, 0, 0)
+    problem = TiledProblem(tile, (B, H, T, S))
+    if kinds is None and mask_mod is not None and problem.many_tiles:
+        kinds = block_kinds(mask_mod, start, Grid(tile, (T, S)), B, H)
+    at = problem.indices(start, 0, 0)
     allow_arrays: list[jax.Array] = []
     change_arrays: list[jax.Array] = []
     if mask_mod is not None:
         allow, allow_arrays = lift(functools.partial(apply_mask, mask_mod), *at)
-        rules = rules._replace(allow=allow)
+        problem = problem._replace(allow=allow)
     if score_mod is not None:
         scores = jnp.zeros_like(query, dtype, shape=(B, H, *tile))
         apply = functools.partial(apply_score, score_mod)
@@ -151,26 +151,26 @@ def prepare(
             jnp.issubdtype(x.dtype, jnp.inexact) and not any(x is n for n in numbers)
             for x in change_arrays
         )
-        rules = rules._replace(change=change, learned=learned)
+        problem = problem._replace(change=change, learned=learned)
     apart: dict[bool, list[jax.Array]] = {True: [], False: []}
-    for x, is_learned in zip(change_arrays, rules.learned, strict=True):
+    for x, is_learned in zip(change_arrays, problem.learned, strict=True):
         apart[is_learned].append(x)
     plan = None if kinds is None else Plan.create(kinds)
     scale = None if params.scale is None else jnp.asarray(params.scale).astype(dtype)
-    fixed = Fixed(
+    fixed = NonDiffArrays(
         start, params.mask, allow_arrays, apart[False], params.dropout, plan, scale
     )
-    inputs = Inputs(query, key, value, params.bias, params.sinks, apart[True])
-    return rules, fixed, inputs
+    inputs = DiffInputs(query, key, value, params.bias, params.sinks, apart[True])
+    return problem, fixed, inputs
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _attend(problem: Problem, fixed: Fixed, inputs: Inputs):
+def _attend(problem: TiledProblem, fixed: NonDiffArrays, inputs: DiffInputs):
     return forward(problem, fixed, inputs)
 
 
 def forward(
-    problem: Problem, fixed: Fixed, inputs: Inputs
+    problem: TiledProblem, fixed: NonDiffArrays, inputs: DiffInputs
 ) -> tuple[Float[Array, "B H T E"], Float[Array, "B H T"]]:
     """``(out, log-sum-exp)``, without a derivative."""
     query, learned = inputs.query, inputs.learned
@@ -194,7 +194,7 @@ def forward(
             return state.add(scores, lambda w: times_values(fixed.drop(w, at), v))
 
         zeros = jnp.zeros_like(query, dtype, shape=(B, H, tile.queries))
-        state = Running.empty(zeros, E, inputs.sinks)
+        state = OnlineSoftmax.empty(zeros, E, inputs.sinks)
         out, lse = problem.over_keys(fixed, i, visit, state).finish()
         if cut_short(T, tile.queries):
             first = problem.first_time(i)
@@ -211,25 +211,25 @@ def forward(
 
 
 @_attend.defjvp
-def _attend_jvp(problem: Problem, primals, tangents):
+def _attend_jvp(problem: TiledProblem, primals, tangents):
     fixed, inputs = primals
     out, lse = named(*_attend(problem, fixed, inputs))
     plain = problem._replace(reversible=True)
-    moved = linear(
+    moved = linear_with_transpose(
         functools.partial(_tangent, problem),
         functools.partial(_backward, problem),
-        Known(fixed, inputs, out, lse),
+        Residuals(fixed, inputs, out, lse),
         tangents[1],
         plain=(functools.partial(_tangent, plain), functools.partial(_backward, plain)),
     )
     return (out, lse), moved
 
 
-class Known(NamedTuple):
+class Residuals(NamedTuple):
     """What derivatives start from."""
 
-    fixed: Fixed
-    inputs: Inputs
+    fixed: NonDiffArrays
+    inputs: DiffInputs
     out: Float[Array, "B H T E"]
     lse: Float[Array, "B H T"]
 
@@ -242,13 +242,13 @@ class Columns(NamedTuple):
     nan: jax.Array
 
     @classmethod
-    def of(cls, inputs: Inputs) -> "Columns":
+    def of(cls, inputs: DiffInputs) -> "Columns":
         nan = poison(inputs.key, jnp.float32) + poison(inputs.value, jnp.float32)
         nan = jnp.repeat(nan, inputs.query.shape[1] // nan.shape[1], axis=1)
         nan = nan.astype(accumulator(inputs.key.dtype))
         return cls(finite(inputs.key), finite(inputs.value), nan)
 
-    def cut(self, problem: Problem, j: jax.Array) -> "Columns":
+    def cut(self, problem: TiledProblem, j: jax.Array) -> "Columns":
         """Those of one tile of keys."""
         return Columns(*(cut(x, problem.keys(j), problem.tile.keys) for x in self))
 
@@ -262,8 +262,8 @@ class Weights(NamedTuple):
     at: Indices
 
     @classmethod
-    def again(cls, problem, known, i, j, allowed, columns) -> "Weights":
-        fixed, inputs, _, lse = known
+    def again(cls, problem, residuals, i, j, allowed, columns) -> "Weights":
+        fixed, inputs, _, lse = residuals
         t, at = problem.rows(i), problem.indices(fixed.start, i, j)
         q = cut(inputs.query, t, problem.tile.queries)
         base = fixed.scaled(times_keys(q, columns.keys)) + columns.nan[:, :, None]
@@ -281,20 +281,20 @@ class Weights(NamedTuple):
         return cls(weights, scores, base, at)
 
 
-def _sink_weights(known: Known) -> Float[Array, "B H T"]:
+def _sink_weights(residuals: Residuals) -> Float[Array, "B H T"]:
     """The share of each row's softmax that its sink takes."""
-    lse = known.lse
-    sinks: Any = known.inputs.sinks
+    lse = residuals.lse
+    sinks: Any = residuals.inputs.sinks
     sinks = sinks.astype(lse.dtype)[None, :, None]
     return jnp.exp(sinks - jnp.where(jnp.isneginf(lse), 0, lse))
 
 
-def _tangent(problem: Problem, known: Known, moved: Inputs):
+def _tangent(problem: TiledProblem, residuals: Residuals, moved: DiffInputs):
     """With W the weights, S the scores and L the log-sum-exp:
 
     dL = sum(W * dS),  dO = (W * dS) V + W dV - dL * O.
     """
-    fixed, inputs, out, lse = known
+    fixed, inputs, out, lse = residuals
     dtype, tile = lse.dtype, problem.tile
     columns, d_value = Columns.of(inputs), finite(moved.value)
 
@@ -307,7 +307,7 @@ def _tangent(problem: Problem, known: Known, moved: Inputs):
             d_k, d_v = (
                 cut(x, problem.keys(j), tile.keys) for x in (moved.key, d_value)
             )
-            found = Weights.again(problem, known, i, j, allowed, near)
+            found = Weights.again(problem, residuals, i, j, allowed, near)
             d_base = times_keys(d_q, near.keys) + times_keys(finite(q), d_k)
             d_base = fixed.scaled(d_base)
             if moved.bias is not None:
@@ -338,16 +338,16 @@ def _tangent(problem: Problem, known: Known, moved: Inputs):
     outputs = jnp.zeros_like(out, dtype), jnp.zeros_like(lse)
     d_out, d_lse = lax.fori_loop(0, problem.grid[0], query_tile, outputs)
     if moved.sinks is not None:
-        d_lse += _sink_weights(known) * moved.sinks.astype(dtype)[None, :, None]
+        d_lse += _sink_weights(residuals) * moved.sinks.astype(dtype)[None, :, None]
     return (d_out - d_lse[..., None] * out.astype(dtype)).astype(out.dtype), d_lse
 
 
-def _backward(problem: Problem, known: Known, cotangents) -> Inputs:
+def _backward(problem: TiledProblem, residuals: Residuals, cotangents) -> DiffInputs:
     """With W the weights, S the scores and delta = sum(dO * O) - dL for each row:
 
     dV = W^T dO,  dW = dO V^T,  dS = W * (dW - delta),  dQ = dS K,  dK = dS^T Q.
     """
-    fixed, inputs, out, lse = known
+    fixed, inputs, out, lse = residuals
     d_out, d_lse = cotangents
     dtype, tile, kv_heads = lse.dtype, problem.tile, inputs.key.shape[1]
     delta = jnp.einsum("bhte,bhte->bht", d_out.astype(dtype), out.astype(dtype)) - d_lse
@@ -360,7 +360,7 @@ def _backward(problem: Problem, known: Known, cotangents) -> Inputs:
 
         def visit(j, allowed, sums):
             s, near = problem.keys(j), columns.cut(problem, j)
-            found = Weights.again(problem, known, i, j, allowed, near)
+            found = Weights.again(problem, residuals, i, j, allowed, near)
             d_weights = fixed.drop(times_keys(d_o, near.values), found.at)
             d_v = gather_rows(fixed.drop(found.weights, found.at), d_o, kv_heads)
             _, pull = jax.vjp(found.scores, learned, found.base)
@@ -371,7 +371,7 @@ def _backward(problem: Problem, known: Known, cotangents) -> Inputs:
             d_bias = sums.bias
             if d_bias is not None:
                 d_bias = add_to_bias(problem, d_bias, d_base, i, j)
-            return Inputs(
+            return DiffInputs(
                 add(sums.query, times_values(d_raw, near.keys), t),
                 add(sums.key, gather_rows(d_raw, q, kv_heads), s),
                 add(sums.value, d_v, s),
@@ -387,7 +387,7 @@ def _backward(problem: Problem, known: Known, cotangents) -> Inputs:
     zeros = zeros._replace(learned=[jnp.zeros_like(x) for x in learned])
     sums = lax.fori_loop(0, problem.grid[0], query_tile, zeros)
     if inputs.sinks is not None:
-        sums = sums._replace(sinks=-(_sink_weights(known) * delta).sum((0, 2)))
+        sums = sums._replace(sinks=-(_sink_weights(residuals) * delta).sum((0, 2)))
     return jax.tree.map(lambda x, like: x.astype(like.dtype), sums, inputs)
 
 
@@ -397,7 +397,11 @@ def add(x: jax.Array, part: jax.Array, start: jax.Array) -> jax.Array:
 
 
 def add_to_bias(
-    problem: Problem, d_bias: jax.Array, d_base: jax.Array, i: jax.Array, j: jax.Array
+    problem: TiledProblem,
+    d_bias: jax.Array,
+    d_base: jax.Array,
+    i: jax.Array,
+    j: jax.Array,
 ) -> jax.Array:
     """Adds a tile's gradient to that of a bias, summed over axes that serve all."""
     broadcast = tuple(axis for axis in range(4) if d_bias.shape[axis] == 1)

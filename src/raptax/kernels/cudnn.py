@@ -11,7 +11,9 @@ from ..mods import Causal, SlidingWindow, as_mod
 from .softmax import accumulator, finite, poison
 
 
-def why_not_jax_nn(query: jax.Array, key: jax.Array, value: jax.Array, **problem):
+def jax_nn_unsupported_reason(
+    query: jax.Array, key: jax.Array, value: jax.Array, **problem
+):
     """One sentence on what of ``problem`` this kernel cannot do, or None."""
     if problem.get("score_mod") is not None:
         return "it knows no score_mod"
@@ -62,14 +64,14 @@ def jax_nn_attention(
     deterministic: bool = True,
     return_lse: bool = False,
 ) -> Attended:
-    """See `AttentionFn`; `why_not_jax_nn` says what this one cannot do.
+    """See `AttentionFn`; `jax_nn_unsupported_reason` says what this one cannot do.
 
     On NVIDIA GPUs weights are rounded to the inputs' dtype before they meet the values.
     Elsewhere it works in float32 and stores all B * H * T * S scores. A NaN in a key
     that is masked does not reach the output, but does reach the query's gradient.
     """
     check_qkv(query, key, value)
-    reason = why_not_jax_nn(
+    reason = jax_nn_unsupported_reason(
         query,
         key,
         value,

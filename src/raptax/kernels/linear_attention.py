@@ -144,7 +144,7 @@ def linear_attention(
         query_start=query_start,
         dropout=(dropout_rate > 0 and not deterministic) or None,
         return_lse=return_lse or None,
-    ) or _why_not_masked(mask, mask_mod, causal, T, S)
+    ) or _mask_unsupported_reason(mask, mask_mod, causal, T, S)
     if reason is not None:
         raise Unsupported(f"linear_attention cannot run this: {reason}.")
     if not callable(feature_map):
@@ -180,7 +180,7 @@ def _why_not(**options: object) -> str | None:
     return next(reasons, None)
 
 
-def _why_not_masked(
+def _mask_unsupported_reason(
     mask: jax.Array | None, mask_mod: Any, causal: bool, T: int, S: int
 ) -> str | None:
     if mask is not None and mask.shape[1:3] != (1, 1):

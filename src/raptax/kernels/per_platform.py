@@ -1,4 +1,4 @@
-"""One computation in two forms, of which the platform that is lowered for takes one.
+"""Platform-dependent lowering: one equation, C++ or plain JAX by platform.
 
 Where a program will run is not known while it is traced: `jax.export` lowers for other
 platforms than the machine's own. So a call into C++ is one equation that carries a form

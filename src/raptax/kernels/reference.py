@@ -1,4 +1,4 @@
-"""The definition of attention, written to be believed rather than to be fast."""
+"""Reference attention: the definition, which stores all scores."""
 
 import jax
 import jax.numpy as jnp

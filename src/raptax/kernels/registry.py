@@ -7,22 +7,23 @@ import jax
 
 from .._core.types import AttentionFn
 from .blockwise import blockwise_attention
-from .cpu.forward import native_attention, why_not_native
-from .cudnn import jax_nn_attention, why_not_jax_nn
+from .cpu.forward import native_attention, native_unsupported_reason
+from .cudnn import jax_nn_attention, jax_nn_unsupported_reason
 from .reference import reference_attention
 
 
 class Kernel(NamedTuple):
     """A way to compute attention.
 
-    ``why_not(query, key, value, **problem)`` says in one sentence what it cannot do;
-    ``why_later``, why it should run only when it is named. Both are None otherwise.
+    ``unsupported_reason(query, key, value, **problem)`` says in one sentence what it
+    cannot do; ``not_default_reason``, why it should run only when it is named. Both are
+    None otherwise.
     """
 
     name: str
     run: AttentionFn
-    why_not: Callable[..., str | None]
-    why_later: Callable[..., str | None]
+    unsupported_reason: Callable[..., str | None]
+    not_default_reason: Callable[..., str | None]
 
 
 def _never(*_: object, **__: object) -> None:
@@ -40,8 +41,8 @@ def _stores_scores(*_: object, **__: object) -> str:
 
 
 KERNELS = (
-    Kernel("native", native_attention, why_not_native, _never),
-    Kernel("jax_nn", jax_nn_attention, why_not_jax_nn, _off_gpu),
+    Kernel("native", native_attention, native_unsupported_reason, _never),
+    Kernel("jax_nn", jax_nn_attention, jax_nn_unsupported_reason, _off_gpu),
     Kernel("blockwise", blockwise_attention, _never, _never),
     Kernel("reference", reference_attention, _never, _stores_scores),
 )

@@ -1,4 +1,4 @@
-"""The softmax that kernels compute piece by piece, and the care it takes.
+"""Online softmax, merging by log-sum-exp, and how NaN is propagated.
 
 Milakov & Gimelshein 2018, arXiv:1805.02867: with the maximum and the sum so far at
 hand, taking in more keys never needs the earlier scores again.
@@ -19,16 +19,16 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 
-class Running(NamedTuple):
+class OnlineSoftmax(NamedTuple):
     """The softmax over the keys seen so far.
 
-    ``out`` is the sum of ``exp(score - high) * value``, ``total`` that of
-    ``exp(score - high)``, ``high`` the largest score.
+    ``out`` is the sum of ``exp(score - row_max) * value``, ``row_sum`` that of
+    ``exp(score - row_max)``, ``row_max`` the largest score.
     """
 
     out: Float[Array, "*rows E"]
-    high: Float[Array, "*rows"]
-    total: Float[Array, "*rows"]
+    row_max: Float[Array, "*rows"]
+    row_sum: Float[Array, "*rows"]
 
     @classmethod
     def empty(
@@ -36,34 +36,34 @@ class Running(NamedTuple):
         zeros: Float[Array, "B H T"],
         size: int,
         sinks: Float[Array, " H"] | None = None,
-    ) -> "Running":
+    ) -> "OnlineSoftmax":
         """No key seen yet, but each head's sink: a score whose value is zero."""
-        high = jnp.full_like(zeros, -jnp.inf)
+        row_max = jnp.full_like(zeros, -jnp.inf)
         if sinks is not None:
-            high = zeros + sinks.astype(zeros.dtype)[None, :, None]
-        total = jnp.where(jnp.isneginf(high), zeros, 1)
-        return cls(jnp.zeros_like(zeros, shape=(*zeros.shape, size)), high, total)
+            row_max = zeros + sinks.astype(zeros.dtype)[None, :, None]
+        row_sum = jnp.where(jnp.isneginf(row_max), zeros, 1)
+        return cls(jnp.zeros_like(zeros, shape=(*zeros.shape, size)), row_max, row_sum)
 
     def add(
         self,
         scores: Float[Array, "*rows S"],
         weigh_values: Callable[[jax.Array], jax.Array],
-    ) -> "Running":
+    ) -> "OnlineSoftmax":
         """Takes in more keys: their scores, -inf where masked, and ``weights @ v``."""
-        high = jnp.maximum(self.high, scores.max(-1))
-        shift = jnp.where(jnp.isneginf(high), 0, high)  # -inf - -inf would be NaN
-        shrink = jnp.exp(self.high - shift)
+        row_max = jnp.maximum(self.row_max, scores.max(-1))
+        shift = jnp.where(jnp.isneginf(row_max), 0, row_max)  # -inf - -inf would be NaN
+        rescale = jnp.exp(self.row_max - shift)
         weights = jnp.exp(scores - shift[..., None])
-        return Running(
-            self.out * shrink[..., None] + weigh_values(weights),
-            high,
-            self.total * shrink + weights.sum(-1),
+        return OnlineSoftmax(
+            self.out * rescale[..., None] + weigh_values(weights),
+            row_max,
+            self.row_sum * rescale + weights.sum(-1),
         )
 
     def finish(self) -> tuple[Float[Array, "*rows E"], Float[Array, "*rows"]]:
         """``(out, log-sum-exp)``: exactly 0 and -inf for a row that saw no key."""
-        total = jnp.where(self.total == 0, 1, self.total)
-        return self.out / total[..., None], self.high + jnp.log(self.total)
+        row_sum = jnp.where(self.row_sum == 0, 1, self.row_sum)
+        return self.out / row_sum[..., None], self.row_max + jnp.log(self.row_sum)
 
 
 def merge(

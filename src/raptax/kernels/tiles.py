@@ -1,7 +1,7 @@
 """What a blockwise kernel does to one tile of the scores, and to which tiles.
 
-Static rules (`Problem`) travel apart from their arrays: those that derivatives reach
-(`Inputs`) and those that they do not (`Fixed`).
+What is static (`TiledProblem`) travels apart from the arrays: those that derivatives
+reach (`DiffInputs`) and those that they do not (`NonDiffArrays`).
 """
 
 import functools
@@ -49,7 +49,7 @@ def cut_short(length: int, size: int) -> bool:
     return isinstance(length, int) and length % size != 0
 
 
-# ------------------------------------------------------------- rules with their arrays
+# ------------------------------------------------------------- mods with their arrays
 
 
 def lift(
@@ -70,7 +70,7 @@ def lift(
     return run, [jnp.asarray(x) for x in closed.consts]
 
 
-class Inputs(NamedTuple):
+class DiffInputs(NamedTuple):
     """The arrays of a problem that have a derivative."""
 
     query: Float[Array, "B H T D"]
@@ -97,7 +97,7 @@ class Plan(NamedTuple):
         return cls(order, (~empty).sum(1, dtype=jnp.int32))
 
 
-class Fixed(NamedTuple):
+class NonDiffArrays(NamedTuple):
     """The arrays of a problem that have no derivative."""
 
     start: Int[Array, " #B"]
@@ -117,7 +117,7 @@ class Fixed(NamedTuple):
         return weights if self.dropout is None else self.dropout(weights, at)
 
 
-class Problem(NamedTuple):
+class TiledProblem(NamedTuple):
     """What happens to scores, tile by tile. Static; its arrays travel beside it.
 
     A tile is named by ``(i, j)``, its place in the grid, and starts at query row
@@ -168,7 +168,9 @@ class Problem(NamedTuple):
             x = cut(x, self.rows(i), self.tile.queries)
         return cut(x, self.keys(j), self.tile.keys, axis=3) if x.shape[3] > 1 else x
 
-    def allowed(self, fixed: Fixed, i: jax.Array, j: jax.Array) -> jax.Array | None:
+    def allowed(
+        self, fixed: NonDiffArrays, i: jax.Array, j: jax.Array
+    ) -> jax.Array | None:
         """Which scores of the tile count, broadcastable; None if all do."""
         at = self.indices(fixed.start, i, j)
         parts = []
@@ -183,7 +185,11 @@ class Problem(NamedTuple):
         return functools.reduce(jnp.logical_and, parts) if parts else None
 
     def scores(
-        self, fixed: Fixed, learned: list[jax.Array], base: jax.Array, at: Indices
+        self,
+        fixed: NonDiffArrays,
+        learned: list[jax.Array],
+        base: jax.Array,
+        at: Indices,
     ) -> jax.Array:
         """What the softmax sees of the scaled and biased scores, but for the mask."""
         if self.change is None:
@@ -193,7 +199,7 @@ class Problem(NamedTuple):
         return self.change(arrays, base, *at)
 
     def over_keys(
-        self, fixed: Fixed, i: jax.Array, visit: Callable[..., Any], state: Any
+        self, fixed: NonDiffArrays, i: jax.Array, visit: Callable[..., Any], state: Any
     ) -> Any:
         """``state`` after ``state = visit(j, allowed, state)`` for each tile that counts.
 

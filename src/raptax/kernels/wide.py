@@ -1,4 +1,4 @@
-"""A mod's jaxpr in 16 bits, differentiated in 32.
+"""Gradients of 16-bit arrays that mods read, summed in float32.
 
 The gradient of an array that many scores read is a sum of as many numbers, and in
 bfloat16 a sum stops growing after 256 equal ones. A mod says how its values are rounded,

@@ -47,7 +47,7 @@ class KVCacheParams:
         enable_prefix_caching: Whether sequences may share pages of a common prefix. It
             is the allocator of pages that does it; the cache's arrays are the same.
         enable_kvcache_swapping_to_host: Whether pages may move to the host's memory.
-        host_kvcache_swap_space_gb: Room for them there, in units of 2**30 bytes.
+        host_kvcache_swap_space_gb: Space for them there, in units of 2**30 bytes.
         cache_strategy: A `KVCacheStrategy` or its value.
         page_size: Tokens per page, P.
         is_mla: Latent attention: one row a token that is key and value at once, so that
@@ -126,7 +126,7 @@ class KVCacheParams:
         if swap and not self.enable_prefix_caching:
             raise ValueError(
                 "enable_kvcache_swapping_to_host=True needs enable_prefix_caching=True: "
-                "pages that nobody shares are not kept."
+                "pages that no sequence shares are not kept."
             )
         if swap and (space is None or not space > 0):
             raise ValueError(
@@ -165,7 +165,7 @@ class KVCacheParams:
 
     @property
     def n_kv_heads_per_device(self) -> int:
-        """Kv heads that a device has room for: the most that any device holds."""
+        """The most kv heads that any device holds."""
         return max(1, -(-self.n_kv_heads // self.tensor_parallel_degree))
 
     @property

@@ -23,7 +23,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from .._core.pytree import pytree, static
-from .positioned import Held
+from .positioned import KVSegment
 from .quantization import KVQuantization
 
 ACTIVE = 1  # the segment id of tokens that generated ones see
@@ -37,7 +37,7 @@ class Partition:
         key: ``(batch, slots, heads, size)``, transposed by ``axis_order``.
         value: Likewise; its size may be another.
         segment_ids: Of each slot; see the module.
-        key_scale: Scales of quantised keys, stored like them; None for plain numbers.
+        key_scale: Scales of quantized keys, stored like them; None for plain numbers.
         value_scale: Likewise.
     """
 
@@ -299,7 +299,7 @@ class ContiguousKVCache:
         active = self.generated.segment_ids == ACTIVE
         return self.prompt_lengths + active.sum(1, dtype=jnp.int32)
 
-    def held(self, dtype: DTypeLike) -> list[Held]:
+    def held(self, dtype: DTypeLike) -> list[KVSegment]:
         """Both partitions with the position of every slot."""
         slot = jnp.arange(self.prefill.slots, dtype=jnp.int32)[None]
         first = jnp.where(self.prefill.segment_ids == ACTIVE, slot, -1)
@@ -307,6 +307,6 @@ class ContiguousKVCache:
         count = jnp.cumsum(active, axis=1, dtype=jnp.int32)
         later = jnp.where(active, self.prompt_lengths[:, None] + count - 1, -1)
         return [
-            Held(*self.prefill.read(dtype), first),
-            Held(*self.generated.read(dtype), later),
+            KVSegment(*self.prefill.read(dtype), first),
+            KVSegment(*self.generated.read(dtype), later),
         ]

@@ -1,4 +1,4 @@
-"""Who holds which page of a pool, on the host."""
+"""Page allocation on the host: which sequence holds which page."""
 
 NO_PAGE = -1  # in a table: a page that was given away, or never held
 
@@ -30,7 +30,7 @@ class PageAllocator:
         return self._owners.get(page, 0)
 
     def grow(self, held: list[int], tokens: int) -> None:
-        """Extends ``held`` in place until it has room for ``tokens`` tokens.
+        """Extends ``held`` in place until it holds ``tokens`` tokens.
 
         Raises MemoryError when the pool has too few pages; nothing is taken then.
         """
@@ -55,7 +55,7 @@ class PageAllocator:
             copied, none or one: by `PagedKVCache.fork` or `PagedKVCache.copy_pages`.
 
         Raises:
-            ValueError: ``held`` has no room for so many tokens.
+            ValueError: ``held`` is too short for so many tokens.
             MemoryError: A page is needed and none is free; nothing is taken then.
         """
         self._check_room(held, tokens)
@@ -83,7 +83,7 @@ class PageAllocator:
             page of its own in its place; else none.
 
         Raises:
-            ValueError: ``held`` has no room for so many tokens.
+            ValueError: ``held`` is too short for so many tokens.
             MemoryError: A page is needed and none is free; nothing is changed then.
         """
         self._check_room(held, tokens)
@@ -110,7 +110,7 @@ class PageAllocator:
         Their entries in ``held`` become -1. ``position`` is at most that of the
         sequence's last token, whose page stays.
 
-        Raises ValueError where ``held`` has no room for a token at ``position``.
+        Raises ValueError where ``held`` holds no token at ``position``.
         """
         self._check_room(held, position + 1)
         count = position // self.page_size
@@ -147,7 +147,7 @@ class PageAllocator:
 
     def _check_room(self, held: list[int], tokens: int) -> None:
         self._check_handed_out(held)
-        if not 0 <= tokens <= (room := len(held) * self.page_size):
+        if not 0 <= tokens <= (capacity := len(held) * self.page_size):
             raise ValueError(
-                f"{tokens} tokens must lie within the {room} of {len(held)} pages."
+                f"{tokens} tokens must lie within the {capacity} of {len(held)} pages."
             )

@@ -1,8 +1,8 @@
-"""Attending to keys that lie somewhere, by the positions at which they stand.
+"""Attention to keys by their positions, wherever they lie in memory.
 
 In a cache a key's slot says little: prompts are padded, rings wrap around, partitions lie
-apart. Rules on positions stay what they are in training; `Placed` looks up the position
-of each slot for them.
+apart. Masks and score_mods are functions of positions, as in training; `PositionMask`
+looks up the position of each slot for them.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from ..kernels.softmax import accumulator, merge
 from ..mods import Mask, as_mod
 
 
-class Held(NamedTuple):
+class KVSegment(NamedTuple):
     """Keys and values, and the position of each; a negative one is an empty slot."""
 
     key: Float[Array, "B K S D"]
@@ -29,11 +29,11 @@ class Held(NamedTuple):
 
 
 @pytree
-class Placed(Mask):
+class PositionMask(Mask):
     """``mod`` for rows and slots that stand at the positions given.
 
     Row ``t`` stands at ``query[b, t]``, slot ``s`` at ``key[b, s]``; a negative position
-    is an empty slot, which nobody sees. Attend with ``query_start=0``. Without a mod
+    is an empty slot, which no query sees. Attend with ``query_start=0``. Without a mod
     every slot that is not empty is seen.
     """
 
@@ -49,7 +49,7 @@ class Placed(Mask):
         return allowed if self.mod is None else allowed & self.mod(b_idx, h_idx, q, kv)
 
 
-class Rules(NamedTuple):
+class AttendSettings(NamedTuple):
     """What holds for every part that is attended to; see `attention`."""
 
     mask_mod: MaskMod | None = None
@@ -64,9 +64,9 @@ class Rules(NamedTuple):
 
 def attend(
     query: Float[Array, "B H T D"],
-    held: Sequence[Held],
+    held: Sequence[KVSegment],
     positions: Int[Array, "B T"],
-    rules: Rules,
+    settings: AttendSettings,
     *,
     block: int | None = None,
 ) -> Float[Array, "B H T E"]:
@@ -76,33 +76,43 @@ def attend(
         query: Rows.
         held: At least one part. Each position is held at most once.
         positions: Where the rows stand.
-        rules: ``mask_mod`` is asked about positions, not about slots.
+        settings: ``mask_mod`` is asked about positions, not about slots.
         block: Reads that many slots at a time, and none behind the last one that is
             held, whatever the length of a part. None leaves that to the kernel.
     """
     some = [
-        _blocks(query, part, positions, rules, n, block) for n, part in enumerate(held)
+        _blocks(query, part, positions, settings, n, block)
+        for n, part in enumerate(held)
     ]
     return merge(*some)[0].astype(query.dtype)
 
 
-def _part(query, part: Held, positions, rules: Rules, number: Any):
+def _part(query, part: KVSegment, positions, settings: AttendSettings, number: Any):
     """``(out, lse)`` over one part; sinks belong to the first alone."""
-    mask_mod = Placed(as_mod(rules.mask_mod), positions, part.positions)
-    options = rules._replace(mask_mod=mask_mod)._asdict()
-    if rules.dropout_rng is not None:  # the hash of a weight's place knows slots only
-        options["dropout_rng"] = jax.random.fold_in(rules.dropout_rng, number)
-    if rules.sinks is not None:
+    mask_mod = PositionMask(as_mod(settings.mask_mod), positions, part.positions)
+    options = settings._replace(mask_mod=mask_mod)._asdict()
+    if (
+        settings.dropout_rng is not None
+    ):  # the hash of a weight's place knows slots only
+        options["dropout_rng"] = jax.random.fold_in(settings.dropout_rng, number)
+    if settings.sinks is not None:
         first = jnp.asarray(number) == 0
-        options["sinks"] = jnp.where(first, rules.sinks, -jnp.inf)
+        options["sinks"] = jnp.where(first, settings.sinks, -jnp.inf)
     return attention(
         query, part.key, part.value, query_start=0, return_lse=True, **options
     )
 
 
-def _blocks(query, part: Held, positions, rules: Rules, number: int, block: int | None):
+def _blocks(
+    query,
+    part: KVSegment,
+    positions,
+    settings: AttendSettings,
+    number: int,
+    block: int | None,
+):
     if block is None:
-        return _part(query, part, positions, rules, number)
+        return _part(query, part, positions, settings, number)
     slots = part.key.shape[2]
     size = min(block, slots)
     last = jnp.where(part.positions >= 0, jnp.arange(1, slots + 1)[None], 0).max()
@@ -112,8 +122,8 @@ def _blocks(query, part: Held, positions, rules: Rules, number: int, block: int 
         cut = lambda x, axis: lax.dynamic_slice_in_dim(x, start, size, axis)
         new = start + jnp.arange(size, dtype=jnp.int32) >= i * size
         at = jnp.where(new[None], cut(part.positions, 1), -1)
-        few = Held(cut(part.key, 2), cut(part.value, 2), at)
-        out, lse = _part(query, few, positions, rules, number * slots + i)
+        few = KVSegment(cut(part.key, 2), cut(part.value, 2), at)
+        out, lse = _part(query, few, positions, settings, number * slots + i)
         return merge(so_far, (out.astype(dtype), lse))
 
     dtype = accumulator(query.dtype)

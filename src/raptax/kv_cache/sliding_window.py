@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from .._core.pytree import pytree, static
 from .contiguous import ACTIVE, Partition, check_shorter
-from .positioned import Held, Rules, attend
+from .positioned import AttendSettings, KVSegment, attend
 
 
 @pytree
@@ -116,24 +116,24 @@ class RingKVCache:
         check_shorter(new, self.lengths)
         return dataclasses.replace(self, lengths=jnp.minimum(new, self.lengths))
 
-    def held(self, dtype: DTypeLike) -> Held:
-        return Held(*self.ring.read(dtype), self.positions)
+    def held(self, dtype: DTypeLike) -> KVSegment:
+        return KVSegment(*self.ring.read(dtype), self.positions)
 
     def append_and_attend(
         self,
         query: Float[Array, "B T H D"],
         key: Float[Array, "B T K D"],
         value: Float[Array, "B T K E"],
-        rules: Rules,
+        settings: AttendSettings,
         *,
         real: Bool[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T H E"], "RingKVCache"]:
         """Attends to the ring and the new tokens, then writes these.
 
-        ``rules.mask_mod`` must not look back further than the ring is long, ``rollback``
-        left aside: what was overwritten cannot be seen. Rows that are not ``real`` are
-        padding, wherever they stand: they take no position, are not written, and what
-        they return means nothing.
+        ``settings.mask_mod`` must not look back further than the ring is long,
+        ``rollback`` left aside: what was overwritten cannot be seen. Rows that are not
+        ``real`` are padding, wherever they stand: they take no position, are not
+        written, and what they return means nothing.
         """
         if real is None:
             real = jnp.ones(key.shape[:2], bool)
@@ -141,8 +141,8 @@ class RingKVCache:
         at = self.lengths[:, None] + count - 1
         # Heads go before lengths, as kernels want them.
         q, k, v = (x.swapaxes(1, 2) for x in (query, key, value))
-        new = Held(k, v, jnp.where(real, at, -1))
-        out = attend(q, [self.held(query.dtype), new], at, rules)
+        new = KVSegment(k, v, jnp.where(real, at, -1))
+        out = attend(q, [self.held(query.dtype), new], at, settings)
         return out.swapaxes(1, 2), self.append(key, value, real)
 
     def append(

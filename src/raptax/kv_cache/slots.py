@@ -21,7 +21,7 @@ from .paged import PagedKVCache
 
 @pytree
 class SlotKVCache:
-    """Continuous batching: each sequence owns a slot with room for ``max_length`` tokens.
+    """Continuous batching: each sequence owns a slot of ``max_length`` tokens.
 
     Simpler than pages and no table to keep; memory is held for the longest sequence.
 
@@ -131,11 +131,11 @@ class SlotAllocator:
 
     @property
     def free(self) -> int:
-        """Slots that nobody owns."""
+        """Slots that no sequence owns."""
         return len(self._free)
 
     def claim(self) -> int:
-        """A slot nobody owns. Raises MemoryError when there is none."""
+        """A slot that no sequence owns. Raises MemoryError when there is none."""
         if not self._free:
             raise MemoryError(f"all {len(self._lengths)} slots are owned.")
         slot = self._free.pop()
@@ -192,7 +192,7 @@ class TensorKVCache:
     def create(
         cls, params: KVCacheParams, *, sequences: int, max_length: int
     ) -> "TensorKVCache":
-        """An empty cache with room for ``max_length`` tokens of each sequence."""
+        """An empty cache for ``max_length`` tokens of each sequence."""
         check_strategy(params, KVCacheStrategy.NAIVE)
         check_floats(params)
         if min(sequences, max_length) < 1:
@@ -264,11 +264,14 @@ class TensorKVCache:
 
     def with_lengths(self, lengths: Sequence[int]) -> "TensorKVCache":
         """Says how many tokens each sequence has; ValueError if they do not fit."""
-        room = self.k.shape[3]
+        capacity = self.k.shape[3]
         counts = np.asarray(lengths, np.int32)
-        if counts.shape != self.lengths.shape or ((counts < 0) | (counts > room)).any():
+        if (
+            counts.shape != self.lengths.shape
+            or ((counts < 0) | (counts > capacity)).any()
+        ):
             raise ValueError(
                 f"lengths={list(lengths)} must be {self.lengths.shape[0]} numbers in "
-                f"[0, {room}]."
+                f"[0, {capacity}]."
             )
         return dataclasses.replace(self, lengths=jnp.asarray(counts))

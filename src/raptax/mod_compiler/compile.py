@@ -26,16 +26,16 @@ from .._core.pytree import pytree, static
 from .._core.types import MaskMod, ScoreMod
 from ..mods import apply_mask, apply_score
 from .ir import MOST_INSTRUCTIONS, NUMBER, ONE, Code, Range
-from .lowering import ELEMENTWISE, IDIOMS, REDUCTIONS, Decline, kind_of
+from .lowering import ELEMENTWISE, IDIOMS, REDUCTIONS, NotLowerable, kind_of
 from .passes import tidy
 from .symbolic import (
     MOST_ENTRIES,
     MOVES,
-    Formula,
-    Known,
+    Constant,
+    SymbolicArray,
+    constant,
     constant_bits,
     entries,
-    known,
     merged,
     outside,
     readable,
@@ -109,7 +109,7 @@ LENGTHS = ((2, 3, 5, 7), (3, 2, 11, 13))
 def _translate(function: Callable[..., Any], kind: str) -> ModProgram:
     try:
         first, second = (_trace(function, kind, lengths) for lengths in LENGTHS)
-    except Decline as reason:
+    except NotLowerable as reason:
         raise Unsupported(f"its {kind} {reason}") from None
     same = first[0] == second[0] and len(first[1]) == len(second[1])
     if not same or not all(map(_alike, first[1], second[1])):
@@ -120,7 +120,7 @@ def _translate(function: Callable[..., Any], kind: str) -> ModProgram:
     return ModProgram(first[0], [array.value for array in first[1]])
 
 
-def _alike(a: Known, b: Known) -> bool:
+def _alike(a: Constant, b: Constant) -> bool:
     """Do two traces mean the same array?"""
     if a.value is b.value:
         return True
@@ -134,7 +134,7 @@ def _alike(a: Known, b: Known) -> bool:
 
 def _trace(
     function: Callable[..., Any], kind: str, lengths: tuple[int, ...]
-) -> tuple[tuple[int, ...], list[Known]]:
+) -> tuple[tuple[int, ...], list[Constant]]:
     """The words of a function of indices of these lengths, and its arrays."""
     shapes = [
         tuple(n if i == j else 1 for j, n in enumerate(lengths)) for i in range(4)
@@ -145,7 +145,7 @@ def _trace(
     try:
         closed = jax.make_jaxpr(function)(*args)
     except (TypeError, ValueError, IndexError) as error:  # shapes that do not fit
-        raise Decline(
+        raise NotLowerable(
             f"could not be traced on positions of other lengths "
             f"({type(error).__name__}: {str(error).partition(chr(10))[0]})"
         ) from error
@@ -159,30 +159,32 @@ def _trace(
         inputs.insert(
             0, _input(code.position("Score"), tuple("bhqk"), lengths, jnp.float32)
         )
-    walk = Walk(code)
-    (out,) = walk.run(closed.jaxpr, closed.consts, inputs)
-    code, answer = tidy(code, walk.answer(out, lengths))
+    lowered = JaxprLowering(code)
+    (out,) = lowered.run(closed.jaxpr, closed.consts, inputs)
+    code, answer = tidy(code, lowered.answer(out, lengths))
     words, arrays = code.words(answer)
     if len(words) > 4 * MOST_INSTRUCTIONS:
-        raise Decline(f"takes more than {MOST_INSTRUCTIONS} instructions")
+        raise NotLowerable(f"takes more than {MOST_INSTRUCTIONS} instructions")
     return words, arrays
 
 
-def _input(value: int, axes: tuple[str, ...], shape: Any, dtype: Any) -> Formula:
-    return Formula(np.full((1, 1, 1, 1), value, object), axes, shape, np.dtype(dtype))
+def _input(value: int, axes: tuple[str, ...], shape: Any, dtype: Any) -> SymbolicArray:
+    return SymbolicArray(
+        np.full((1, 1, 1, 1), value, object), axes, shape, np.dtype(dtype)
+    )
 
 
-class Walk:
+class JaxprLowering:
     """A jaxpr's equations, written into a `Code` one by one."""
 
     def __init__(self, code: Code) -> None:
         self.code = code
         # By the identity of an array, which is kept so that it stays the only one.
         self.few: dict[int, tuple[Any, Any]] = {}
-        self.ready: dict[int, tuple[Any, Known, Range]] = {}
+        self.ready: dict[int, tuple[Any, Constant, Range]] = {}
 
     def run(self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
-        held = [known(x, not isinstance(x, jax.Array)) for x in consts]
+        held = [constant(x, not isinstance(x, jax.Array)) for x in consts]
         values = dict(
             zip([*jaxpr.constvars, *jaxpr.invars], [*held, *args], strict=True)
         )
@@ -190,7 +192,7 @@ class Walk:
         def read(atom: Any) -> Any:
             if isinstance(atom, core.Literal):
                 aval: Any = atom.aval
-                return known(np.asarray(atom.val, aval.dtype), True)
+                return constant(np.asarray(atom.val, aval.dtype), True)
             return values[atom]
 
         for eqn in jaxpr.eqns:
@@ -203,32 +205,32 @@ class Walk:
         name = eqn.primitive.name
         inner = eqn.params.get("jaxpr") or eqn.params.get("call_jaxpr")
         if name in CALLS and inner is not None:
-            fixed = all(isinstance(x, Known) for x in ins)
+            fixed = all(isinstance(x, Constant) for x in ins)
             if not fixed and (rule := idiom(eqn, inner)) is not None:
                 return [self.elementwise(eqn, ins, rule)]
             jaxpr = getattr(inner, "jaxpr", inner)
             return self.run(jaxpr, getattr(inner, "consts", ()), ins)
-        if all(isinstance(x, Known) for x in ins):
+        if all(isinstance(x, Constant) for x in ins):
             return outside(eqn, ins)
         if name in ELEMENTWISE:
             return [self.elementwise(eqn, ins, ELEMENTWISE[name])]
         if name in MOVES:
-            formulas = [self.formula(x) for x in ins]
+            formulas = [self.symbolic(x) for x in ins]
             return [MOVES[name](eqn, *formulas)]
         if name in REDUCTIONS:
             return [self.reduce(eqn, ins[0], REDUCTIONS[name])]
         if name == "gather":
             return [self.gather(eqn, *ins)]
-        raise Decline(f"uses {name}, which a mod program cannot say")
+        raise NotLowerable(f"uses {name}, which a mod program cannot say")
 
     # ---------------------------------------------------------------- one score each
 
     def elementwise(
         self, eqn: Any, ins: list[Any], rule: Callable[..., Any]
-    ) -> Formula:
+    ) -> SymbolicArray:
         """Arrays of one shape, and scalars, entry by entry."""
         aval = eqn.outvars[0].aval
-        formulas = [self.formula(x) for x in ins]
+        formulas = [self.symbolic(x) for x in ins]
         axes = merged(eqn, [f for f in formulas if f.shape], len(aval.shape))
         grids = np.broadcast_arrays(*(f.values for f in formulas))
         dtypes = [f.dtype for f in formulas]
@@ -236,13 +238,15 @@ class Walk:
         for place in np.ndindex(values.shape):
             operands = [int(grid[place]) for grid in grids]
             values[place] = rule(self.code, eqn, dtypes, *operands)
-        return Formula(values, axes, aval.shape, np.dtype(aval.dtype))
+        return SymbolicArray(values, axes, aval.shape, np.dtype(aval.dtype))
 
-    def reduce(self, eqn: Any, x: Formula, rule: Callable[..., Any]) -> Formula:
+    def reduce(
+        self, eqn: Any, x: SymbolicArray, rule: Callable[..., Any]
+    ) -> SymbolicArray:
         """All entries along axes that no position runs along, taken together."""
         along = tuple(eqn.params["axes"])
         if any(x.axes[d] or x.values.shape[d] != x.shape[d] for d in along):
-            raise Decline(
+            raise NotLowerable(
                 f"uses {eqn.primitive.name} along an axis of positions, which a mod "
                 "program cannot say"
             )
@@ -252,21 +256,21 @@ class Walk:
         values = np.empty(rows.shape[:-1], object)
         for place in np.ndindex(values.shape):
             if not rows.shape[-1]:
-                raise Decline(f"uses {eqn.primitive.name} of nothing")
+                raise NotLowerable(f"uses {eqn.primitive.name} of nothing")
             step = lambda a, b: rule(self.code, eqn, [x.dtype] * 2, a, b)
             values[place] = functools.reduce(step, rows[place])
         aval = eqn.outvars[0].aval
         axes = tuple(x.axes[d] for d in kept)
-        return Formula(values, axes, aval.shape, np.dtype(aval.dtype))
+        return SymbolicArray(values, axes, aval.shape, np.dtype(aval.dtype))
 
-    def formula(self, x: Any) -> Formula:
+    def symbolic(self, x: Any) -> SymbolicArray:
         """A known array as formulas: a constant, or entries of an array."""
-        if isinstance(x, Formula):
+        if isinstance(x, SymbolicArray):
             return x
         shape, dtype = np.shape(x.value), np.dtype(x.value.dtype)
         few = self.compact(x)
         if few.size > MOST_ENTRIES:
-            raise Decline(
+            raise NotLowerable(
                 f"combines an array of shape {shape} with positions otherwise than by "
                 "indexing"
             )
@@ -275,13 +279,13 @@ class Walk:
             for place in np.ndindex(few.shape):
                 bits = constant_bits(np.asarray(few[place]), kind)
                 values[place] = self.code.constant(bits)
-            return Formula(values, ("",) * len(shape), shape, dtype)
+            return SymbolicArray(values, ("",) * len(shape), shape, dtype)
         x = x._replace(value=few)
         for n, place in enumerate(np.ndindex(few.shape)):
             values[place] = self.entry_of(x, self.code.constant(n))
-        return Formula(values, ("",) * len(shape), shape, dtype)
+        return SymbolicArray(values, ("",) * len(shape), shape, dtype)
 
-    def compact(self, x: Known) -> Any:
+    def compact(self, x: Constant) -> Any:
         """The entries that are not equal for certain."""
         corner = tuple(slice(0, 1) if same else slice(None) for same in x.spread)
         if all(n == 1 for n, same in zip(x.value.shape, x.spread, strict=True) if same):
@@ -290,7 +294,7 @@ class Walk:
             self.few[id(x.value)] = x.value, x.value[corner]
         return self.few[id(x.value)][1]
 
-    def entry_of(self, x: Known, index: int) -> int:
+    def entry_of(self, x: Constant, index: int) -> int:
         """An entry of an array, counted through all its axes."""
         if id(x.value) not in self.ready:
             ready = x._replace(value=readable(x.value), made=("read", x))
@@ -298,18 +302,18 @@ class Walk:
         _, ready, bounds = self.ready[id(x.value)]
         return self.code.gather(ready, index, bounds)
 
-    def gather(self, eqn: Any, array: Any, index: Any) -> Formula:
+    def gather(self, eqn: Any, array: Any, index: Any) -> SymbolicArray:
         """``array[i, j, ...]``, an entry or a few for each index."""
-        if not isinstance(array, Known):
-            raise Decline("indexes what it computed from positions")
+        if not isinstance(array, Constant):
+            raise NotLowerable("indexes what it computed from positions")
         dims, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
         if dims.operand_batching_dims or index.axes[-1]:
-            raise Decline("uses a batched gather, which a mod program cannot say")
+            raise NotLowerable("uses a batched gather, which a mod program cannot say")
         shape = np.shape(array.value)
         inner = [d for d in range(len(shape)) if d not in dims.collapsed_slice_dims]
         extra = tuple(sizes[d] for d in inner)
         if math.prod(extra) > MOST_ENTRIES or math.prod(shape) > 2**31 - 1:
-            raise Decline("gathers more than single entries of an array")
+            raise NotLowerable("gathers more than single entries of an array")
         columns = np.broadcast_to(
             index.values, (*index.values.shape[:-1], len(dims.start_index_map))
         )
@@ -323,7 +327,7 @@ class Walk:
         order = np.argsort([*batch, *dims.offset_dims])
         axes = (*index.axes[:-1], *[""] * len(extra))
         aval = eqn.outvars[0].aval
-        return Formula(
+        return SymbolicArray(
             values.transpose(order),
             tuple(axes[d] for d in order),
             aval.shape,
@@ -331,7 +335,7 @@ class Walk:
         )
 
     def entry(
-        self, eqn: Any, array: Known, shape: Any, starts: Any, offsets: Any
+        self, eqn: Any, array: Constant, shape: Any, starts: Any, offsets: Any
     ) -> int:
         """One entry: where it lies in the array, and what stands for one that is not."""
         code, sizes = self.code, eqn.params["slice_sizes"]
@@ -356,13 +360,13 @@ class Walk:
 
     def answer(self, out: Any, lengths: tuple[int, ...]) -> int:
         """The one value that stands for every score."""
-        out = self.formula(out)
+        out = self.symbolic(out)
         names = "bhqk"[4 - len(out.axes) :]
         sound = len(out.axes) <= 4 and out.values.size == 1
         if not sound or any(
             a not in ("", n) for a, n in zip(out.axes, names, strict=True)
         ):
-            raise Decline("moves scores or positions from one axis to another")
+            raise NotLowerable("moves scores or positions from one axis to another")
         return int(out.values.reshape(()).item())
 
 

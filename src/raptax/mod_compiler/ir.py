@@ -1,9 +1,9 @@
-"""Building mod programs: instructions with one value each, simplified as they come.
+"""Instructions of mod programs, one value each, simplified as they are recorded.
 
 `Code` is what `compile` writes a mod's operations into. Each value is a number that
 names an instruction of ``csrc/program.h``. Values that are alike are one value, what is
 known at once is worked out at once, whole numbers carry the range they lie in, and what
-nobody reads is left out by `Code.words`.
+no instruction reads is left out by `Code.words`.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What each operation of JAX is in the words of mod programs, one entry at a time."""
+"""Lowering rules: the instructions of mod programs for each JAX operation."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +10,7 @@ from jax import lax
 from .ir import Code
 
 
-class Decline(Exception):
+class NotLowerable(Exception):
     """What a mod does that a program cannot say: the end of a sentence about it."""
 
 
@@ -30,7 +30,7 @@ def kind_of(dtype: Any) -> str:
         return "uint"
     if dtype == np.int32 or small(dtype):
         return "int"
-    raise Decline(f"computes in {dtype.name}, which a mod program cannot")
+    raise NotLowerable(f"computes in {dtype.name}, which a mod program cannot")
 
 
 Rule = Callable[..., int]
@@ -39,7 +39,7 @@ Rule = Callable[..., int]
 def _full_width(dtype: np.dtype) -> None:
     """Declines arithmetic that would have to round or wrap to a narrow type."""
     if small(dtype) or dtype in (jnp.bfloat16, jnp.float16):
-        raise Decline(f"computes in {dtype.name}, which a mod program cannot")
+        raise NotLowerable(f"computes in {dtype.name}, which a mod program cannot")
 
 
 def _by_kind(
@@ -56,7 +56,7 @@ def _by_kind(
         if kind == "uint" and (ints in SAME_BITS or _no_sign(code, *operands)):
             name = ints
         if name is None:
-            raise Decline(
+            raise NotLowerable(
                 f"uses {eqn.primitive.name} of {dtypes[0].name}, which a mod program "
                 "cannot say"
             )
@@ -115,20 +115,20 @@ def convert(code: Code, old: np.dtype, new: np.dtype, a: int) -> int:
     if after == "float":
         narrow = new != jnp.float32
         if narrow or (before == "uint" and not _no_sign(code, a)):
-            raise Decline(
+            raise NotLowerable(
                 f"converts {old.name} to {new.name}, which a mod program cannot"
             )
         return a if before == "float" else code.do("ToFloat", a)
     if before == "float":
         if new != np.int32:
-            raise Decline(
+            raise NotLowerable(
                 f"converts {old.name} to {new.name}, which a mod program cannot"
             )
         return code.do("ToInt", a)
     if small(new):
         info, (lo, hi) = jnp.iinfo(new), code.nodes[a].range
         if before == "uint" or lo < info.min or hi > info.max:
-            raise Decline(
+            raise NotLowerable(
                 f"converts {old.name} to {new.name}, which a mod program cannot"
             )
     return a
@@ -137,7 +137,9 @@ def convert(code: Code, old: np.dtype, new: np.dtype, a: int) -> int:
 def _bitcast(code: Code, eqn: Any, dtypes: list[np.dtype], a: int) -> int:
     new = np.dtype(eqn.params["new_dtype"])
     if any(d not in (np.float32, np.int32, np.uint32) for d in (dtypes[0], new)):
-        raise Decline(f"uses the bits of {dtypes[0].name}, which a mod program cannot")
+        raise NotLowerable(
+            f"uses the bits of {dtypes[0].name}, which a mod program cannot"
+        )
     return a
 
 
@@ -158,7 +160,9 @@ def _clamp(
 ) -> int:
     kind = kind_of(dtypes[1])
     if kind not in ("float", "int"):
-        raise Decline(f"uses clamp of {dtypes[1].name}, which a mod program cannot say")
+        raise NotLowerable(
+            f"uses clamp of {dtypes[1].name}, which a mod program cannot say"
+        )
     least, most = ("Min", "Max") if kind == "float" else ("IntMin", "IntMax")
     return code.do(least, code.do(most, x, lo), hi)
 
@@ -185,7 +189,7 @@ def _integer_pow(code: Code, eqn: Any, dtypes: list[np.dtype], x: int) -> int:
             out = code.do("IntMul", out, x)
         return out
     if kind != "float" or abs(n) > 64:
-        raise Decline(
+        raise NotLowerable(
             f"uses integer_pow of {dtypes[0].name}, which a mod program cannot say"
         )
     if n == 0:
@@ -202,7 +206,7 @@ def _one_minus_square(code: Code, eqn: Any, dtypes: list[np.dtype], x: int) -> i
     """``1 - x ** 2``, in factors: the slope of tanh, small where x is near 1."""
     _full_width(dtypes[0])
     if kind_of(dtypes[0]) != "float":
-        raise Decline(f"uses one_minus_square of {dtypes[0].name}")
+        raise NotLowerable(f"uses one_minus_square of {dtypes[0].name}")
     one = code.number(1.0)
     return code.do("Mul", code.do("Sub", one, x), code.do("Add", one, x))
 
@@ -221,7 +225,9 @@ def _polynomial(
 def _pow(code: Code, eqn: Any, dtypes: list[np.dtype], x: int, y: int) -> int:
     _full_width(dtypes[0])
     if dtypes != [np.dtype(np.float32)] * 2:
-        raise Decline(f"uses pow of {dtypes[1].name}, which a mod program cannot say")
+        raise NotLowerable(
+            f"uses pow of {dtypes[1].name}, which a mod program cannot say"
+        )
     bits = code.bits(y)
     power = None if bits is None else float(np.int32(bits).view(np.float32))
     if power is not None and power == int(power) and 1 <= power <= 16:

@@ -1,4 +1,4 @@
-"""Mod programs rewritten so that less of them is done once per score.
+"""Optimization passes over mod programs: less work for each score.
 
 Every operation on scores is a pass over a row in C++, while those on rows, columns and
 diagonals cost next to nothing. So what can be combined among the latter is combined

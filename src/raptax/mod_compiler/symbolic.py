@@ -1,8 +1,8 @@
-"""The arrays of a mod while it is translated, and how they are moved about.
+"""Symbolic arrays: the values of a mod while it is lowered.
 
-A `Known` array is one of numbers, a `Formula` one of instructions. Formulas keep track of
-which index runs along which axis, so that nothing passes that would mix the scores of
-different positions.
+A `Constant` array is one of numbers, a `SymbolicArray` one of instructions. The latter
+keeps track of which index runs along which axis, so that nothing passes that would mix
+the scores of different positions.
 """
 
 from collections.abc import Callable
@@ -15,10 +15,10 @@ from jax import lax
 
 from .._core.manual_axes import same_manual_axes
 from .ir import ANY, YES_OR_NO, Range
-from .lowering import ELEMENTWISE, Decline, small
+from .lowering import ELEMENTWISE, NotLowerable, small
 
 
-class Known(NamedTuple):
+class Constant(NamedTuple):
     """An array that no position or score has a part in.
 
     ``spread`` says of each axis that its entries are equal for certain, as after a
@@ -32,7 +32,7 @@ class Known(NamedTuple):
     made: tuple[Any, ...] = ()
 
 
-class Formula(NamedTuple):
+class SymbolicArray(NamedTuple):
     """An array that is worked out from positions and scores.
 
     ``values`` are numbers of instructions. An axis along which there is but one formula
@@ -46,29 +46,31 @@ class Formula(NamedTuple):
     dtype: np.dtype
 
 
-def known(value: Any, written: bool) -> Known:
+def constant(value: Any, written: bool) -> Constant:
     """An array of which nothing else is known."""
-    return Known(value, tuple(n == 1 for n in np.shape(value)), written)
+    return Constant(value, tuple(n == 1 for n in np.shape(value)), written)
 
 
-def merged(eqn: Any, formulas: list[Formula], ndim: int) -> tuple[str, ...]:
+def merged(eqn: Any, formulas: list[SymbolicArray], ndim: int) -> tuple[str, ...]:
     """The indices that run along the axes of a result."""
     axes = []
     for d in range(ndim):
         names = {f.axes[d] for f in formulas} - {""}
         several = any(f.values.shape[d] > 1 for f in formulas)
         if len(names) > 1 or (names and several):
-            raise Decline(f"has {eqn.primitive.name} of arrays whose axes do not match")
+            raise NotLowerable(
+                f"has {eqn.primitive.name} of arrays whose axes do not match"
+            )
         axes.append(names.pop() if names else "")
     if len(set(axes) - {""}) < sum(map(bool, axes)):
-        raise Decline("lays out the positions of one axis along two")
+        raise NotLowerable("lays out the positions of one axis along two")
     return tuple(axes)
 
 
 VARY = ("pvary", "pcast")  # in a shard_map: the same numbers, of another type
 
 
-def outside(eqn: Any, ins: list[Known]) -> list[Known]:
+def outside(eqn: Any, ins: list[Constant]) -> list[Constant]:
     """An operation on arrays alone, done at once and not by the program."""
     name, avals = eqn.primitive.name, [v.aval for v in eqn.outvars]
     if name in VARY:
@@ -90,7 +92,7 @@ def outside(eqn: Any, ins: list[Known]) -> list[Known]:
     params = str([(k, v) for k, v in sorted(eqn.params.items()) if k not in shapes])
     written = all(x.written for x in ins)
     return [
-        Known(x, same, written, ((name, params, n), *ins))
+        Constant(x, same, written, ((name, params, n), *ins))
         for n, (x, same) in enumerate(zip(values, spread, strict=True))
     ]
 
@@ -123,7 +125,7 @@ def readable(array: Any) -> jax.Array:
     """An array of one of the types that programs read, with the same numbers in it."""
     array = jnp.asarray(array)
     if array.size == 0:
-        raise Decline("reads an empty array")
+        raise NotLowerable("reads an empty array")
     name = array.dtype.name
     if name in READ_AS_THEY_ARE:
         return array
@@ -133,7 +135,7 @@ def readable(array: Any) -> jax.Array:
         return array.astype(jnp.int32)
     if name.startswith(("float8", "float4")):
         return array.astype(jnp.float32)
-    raise Decline(f"reads an array of {name}, which a mod program cannot")
+    raise NotLowerable(f"reads an array of {name}, which a mod program cannot")
 
 
 def entries(array: Any) -> Range:
@@ -167,41 +169,41 @@ def constant_bits(value: np.ndarray, kind: str) -> int:
 # ------------------------------------------------------------------- values moved about
 
 
-def _broadcast(eqn: Any, x: Formula) -> Formula:
+def _broadcast(eqn: Any, x: SymbolicArray) -> SymbolicArray:
     shape = eqn.params["shape"]
     few, axes = [1] * len(shape), [""] * len(shape)
     for d, to in enumerate(eqn.params["broadcast_dimensions"]):
         few[to], axes[to] = x.values.shape[d], x.axes[d]
-    return Formula(x.values.reshape(few), tuple(axes), tuple(shape), x.dtype)
+    return SymbolicArray(x.values.reshape(few), tuple(axes), tuple(shape), x.dtype)
 
 
-def _reshape(eqn: Any, x: Formula) -> Formula:
+def _reshape(eqn: Any, x: SymbolicArray) -> SymbolicArray:
     """Axes of length 1 come and go; anything else would mix positions."""
     shape = eqn.outvars[0].aval.shape
     long = [d for d, n in enumerate(x.shape) if n != 1]
     if [x.shape[d] for d in long] != [n for n in shape if n != 1]:
-        raise Decline("reshapes positions or scores")
+        raise NotLowerable("reshapes positions or scores")
     kept = iter(long)
     source = [next(kept) if n != 1 else None for n in shape]
     few = [1 if d is None else x.values.shape[d] for d in source]
     axes = tuple("" if d is None else x.axes[d] for d in source)
-    return Formula(x.values.reshape(few), axes, tuple(shape), x.dtype)
+    return SymbolicArray(x.values.reshape(few), axes, tuple(shape), x.dtype)
 
 
-def _transpose(eqn: Any, x: Formula) -> Formula:
+def _transpose(eqn: Any, x: SymbolicArray) -> SymbolicArray:
     order = eqn.params["permutation"]
     axes = tuple(x.axes[d] for d in order)
     shape = tuple(x.shape[d] for d in order)
-    return Formula(x.values.transpose(order), axes, shape, x.dtype)
+    return SymbolicArray(x.values.transpose(order), axes, shape, x.dtype)
 
 
-def _concatenate(eqn: Any, *xs: Formula) -> Formula:
+def _concatenate(eqn: Any, *xs: SymbolicArray) -> SymbolicArray:
     return _joined(eqn, eqn.params["dimension"], list(xs))
 
 
-def _joined(eqn: Any, d: int, xs: list[Formula]) -> Formula:
+def _joined(eqn: Any, d: int, xs: list[SymbolicArray]) -> SymbolicArray:
     if any(x.axes[d] for x in xs):
-        raise Decline("concatenates along an axis of positions")
+        raise NotLowerable("concatenates along an axis of positions")
     shape = eqn.outvars[0].aval.shape
     axes = merged(
         eqn, [x._replace(values=x.values.take([0], d)) for x in xs], len(shape)
@@ -212,10 +214,10 @@ def _joined(eqn: Any, d: int, xs: list[Formula]) -> Formula:
     parts = [
         np.broadcast_to(x.values, (*grids[:d], x.shape[d], *grids[d:])) for x in xs
     ]
-    return Formula(np.concatenate(parts, d), axes, tuple(shape), xs[0].dtype)
+    return SymbolicArray(np.concatenate(parts, d), axes, tuple(shape), xs[0].dtype)
 
 
-def _slice(eqn: Any, x: Formula) -> Formula:
+def _slice(eqn: Any, x: SymbolicArray) -> SymbolicArray:
     shape = eqn.outvars[0].aval.shape
     start, limit = eqn.params["start_indices"], eqn.params["limit_indices"]
     strides = eqn.params["strides"] or (1,) * len(shape)
@@ -223,17 +225,17 @@ def _slice(eqn: Any, x: Formula) -> Formula:
     for d, bounds in enumerate(zip(start, limit, strides, strict=True)):
         if shape[d] == x.shape[d] or x.values.shape[d] == 1:
             if x.axes[d] and shape[d] != x.shape[d]:
-                raise Decline("slices along an axis of positions")
+                raise NotLowerable("slices along an axis of positions")
             places.append(slice(None))
         else:
             places.append(slice(*bounds))
-    return Formula(x.values[tuple(places)], x.axes, tuple(shape), x.dtype)
+    return SymbolicArray(x.values[tuple(places)], x.axes, tuple(shape), x.dtype)
 
 
-def _stack(eqn: Any, *xs: Formula) -> Formula:
+def _stack(eqn: Any, *xs: SymbolicArray) -> SymbolicArray:
     d = eqn.params["axis"]
     apart = [
-        Formula(
+        SymbolicArray(
             np.expand_dims(x.values, d),
             (*x.axes[:d], "", *x.axes[d:]),
             (*x.shape[:d], 1, *x.shape[d:]),
@@ -244,7 +246,7 @@ def _stack(eqn: Any, *xs: Formula) -> Formula:
     return _joined(eqn, d, apart)
 
 
-MOVES: dict[str, Callable[..., Formula]] = {
+MOVES: dict[str, Callable[..., SymbolicArray]] = {
     "broadcast_in_dim": _broadcast,
     "reshape": _reshape,
     "squeeze": _reshape,

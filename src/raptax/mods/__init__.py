@@ -1,4 +1,4 @@
-"""Masks and score changes as small frozen values.
+"""Masks and score_mods as small frozen values.
 
 A mod is a dataclass with a ``__call__``, not a closure. It prints, compares and hashes
 by what it says (``SlidingWindow(size=128)``), so building the same mod twice does not
@@ -10,7 +10,7 @@ Sizes are checked when a mod is used (`check_mods`): an axis of sequences or hea
 their number, or 1 where the annotation of the array says ``#``.
 
 Masks combine with ``&``, ``|``, ``^`` and ``~`` (`and_masks`, `or_masks` when all of
-them are plain functions), score changes with `compose_score_mods`.
+them are plain functions), score_mods with `compose_score_mods`.
 """
 
 import jax.numpy as jnp

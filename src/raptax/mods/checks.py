@@ -12,7 +12,7 @@ from jaxtyping import AbstractArray
 
 
 class Mod:
-    """What every mask and score change of ours shares: arrays, and their sizes."""
+    """What every mask_mod and score_mod of ours shares: arrays, and their sizes."""
 
     def __post_init__(self) -> None:
         """NumPy arrays and lists become arrays: traced positions index them."""

@@ -144,7 +144,7 @@ class Offset(Mask):
 
     Each is one number, or one per sequence. ``Offset(Causal(), q=T - S)`` aligns the
     first query with the first key, as ``query_start=0`` does for every mod at once.
-    Takes score changes as well as masks.
+    Takes score_mods as well as masks.
     """
 
     mod: Any

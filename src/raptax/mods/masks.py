@@ -1,4 +1,4 @@
-"""Masks: who may see whom, as rules on absolute positions."""
+"""Masks: which query may see which key, by absolute positions."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -189,7 +189,7 @@ class Natten2D(Mask):
 
 @pytree
 class KeyLengths(Mask):
-    """Sequence ``b`` has ``lengths[b]`` keys; later ones are padding, seen by nobody."""
+    """Sequence ``b`` has ``lengths[b]`` keys; later ones are padding and masked."""
 
     lengths: int | Int[Array, ""] | Int[Array, " #B"]
 

@@ -1,4 +1,4 @@
-"""Score changes: what is added to a score, or how it is bent, before the softmax."""
+"""Score mods: what is added to a score, or how it is bent, before the softmax."""
 
 import math
 from typing import Any
@@ -76,7 +76,7 @@ def alibi_slopes(heads: int) -> Float[Array, " {heads}"]:
 
 @pytree
 class Composed(Mod):
-    """Score changes applied left to right."""
+    """Score mods applied left to right."""
 
     score_mods: tuple[Any, ...]
 
@@ -87,7 +87,7 @@ class Composed(Mod):
 
 
 def compose_score_mods(*score_mods: ScoreMod | None) -> ScoreMod | None:
-    """Applies score changes left to right; None among them is skipped.
+    """Applies score_mods left to right; None among them is skipped.
 
     Returns None when nothing is left, and the change itself when it is the only one.
     """
@@ -205,7 +205,7 @@ class DenseBias(Mod):
 
 @pytree
 class MaskedScore(Mod):
-    """Sets scores to -inf where ``mask_mod`` says no: a mask that is a score change.
+    """Sets scores to -inf where ``mask_mod`` says no: a mask that is a score_mod.
 
     `attention` hands it to the kernels as the mask that it is when nothing changes the
     scores after it, and so skips the tiles that it empties.

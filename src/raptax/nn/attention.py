@@ -86,7 +86,7 @@ class AbstractAttention(nnx.Module):
         """Attends among the rows of ``x``, and to what a cache holds.
 
         With a cache, what follows ``score_mod`` is not for it: a cache knows its lengths,
-        and its rules are ``mask_mod`` and ``score_mod``.
+        and otherwise takes ``mask_mod`` and ``score_mod``.
 
         Args:
             x: A batch ``(B, T, C)``, or with a cache also ragged rows ``(R, C)``.
@@ -99,7 +99,7 @@ class AbstractAttention(nnx.Module):
                 ``(*rows, A)`` if it turns along ``A`` axes. Without them, rows count on
                 from what the cache holds, or from 0.
             mask_mod: Which query may see which key; True means "may attend". With
-                ``inputs_kv`` every key, unless another rule is given.
+                ``inputs_kv`` every key, unless another mask is given.
             score_mod: A change of the scaled scores.
             inputs_kv: Cross attention: keys and values are made of these rows, ``(B, S,
                 C)``. For layers without rotary positions.

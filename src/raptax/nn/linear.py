@@ -115,7 +115,7 @@ class GGUFLinear(nnx.Module):
 
 
 class CodesLinear(nnx.Module):
-    """A quantised weight as one byte per number and a scale per group of them.
+    """A quantized weight as one byte per number and a scale per group of them.
 
     The numbers are those of `GGUFLinear`, to the bit. See `gguf.Codes` for why this
     form is the one to multiply by.

@@ -4,9 +4,10 @@ DeepSeek-V2, arXiv:2405.04434, section 2.1. A token keeps a latent ``c`` of ``r`
 and ``e`` rotated ones that all heads share. Keys and values of head ``n`` follow by two
 matrices: ``k = [c W_k[n], rope]`` and ``v = c W_v[n]``.
 
-As ``q . (c W_k) = (q W_k^T) . c``, decoding needs neither keys nor values: with `absorb`
-every head asks the latents themselves, which is attention with one kv head, of head size
-``r + e``, whose values are the latents; `emerge` then applies ``W_v``.
+As ``q . (c W_k) = (q W_k^T) . c``, decoding needs neither keys nor values: with
+`absorb_query` every head attends to the latents themselves, which is attention with one
+kv head, of head size ``r + e``, whose values are the latents; `project_values` then
+applies ``W_v``.
 """
 
 import jax
@@ -22,19 +23,19 @@ def expand(
     return jnp.concatenate([heads[..., :nope], shared], axis=-1), heads[..., nope:]
 
 
-def absorb(
+def absorb_query(
     query: Float[Array, "B N T D"], w_k: Float[Array, "r N nope"]
 ) -> Float[Array, "B N T R"]:
-    """``[q W_k^T, rope]``: the question that a head puts to latents."""
+    """``[q W_k^T, rope]``: the query of a head on latents."""
     nope = w_k.shape[2]
     plain = jnp.einsum("bntd,rnd->bntr", query[..., :nope], w_k.astype(query.dtype))
     return jnp.concatenate([plain, query[..., nope:]], axis=-1)
 
 
-def emerge(
+def project_values(
     latent: Float[Array, "B T N r"], w_v: Float[Array, "r N value"]
 ) -> Float[Array, "B T N value"]:
-    """What attention over latents means to each head."""
+    """The values of each head, ``latent W_v``."""
     return jnp.einsum("btnr,rnd->btnd", latent, w_v.astype(latent.dtype))
 
 

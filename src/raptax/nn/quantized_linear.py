@@ -1,4 +1,4 @@
-"""Projections of quantised checkpoints: GPTQ's packed integers, float8 and NVFP4.
+"""Projections of quantized checkpoints: GPTQ's packed integers, float8 and NVFP4.
 
 They hold a checkpoint's tensors under its names, packed as they are; each call unpacks
 them beside the multiply. None of it is trained but the bias, and derivatives reach the
@@ -53,7 +53,7 @@ class GPTQLinear(nnx.Module):
         scales: ``(G, O)``.
         qzeros: Zero points, int32 ``(G, words)``. May be left out if ``config.sym``.
         g_idx: The group of each input, int32 ``(C,)``. May be left out without
-            ``config.desc_act``; ``C`` is then what ``qweight`` has room for.
+            ``config.desc_act``; ``C`` is then what ``qweight`` holds.
         bias: ``(O,)``, or None.
 
     Raises:
@@ -70,9 +70,9 @@ class GPTQLinear(nnx.Module):
         g_idx: Tensor | None = None,
         bias: Tensor | None = None,
     ):
-        room = qweight.shape[0] * 32 // config.bits
+        capacity = qweight.shape[0] * 32 // config.bits
         self.config = config
-        self.in_features = room if g_idx is None else g_idx.shape[0]
+        self.in_features = capacity if g_idx is None else g_idx.shape[0]
         self.qweight, self.scales = _held(qweight), _held(scales)
         self.qzeros, self.g_idx = nnx.data(_held(qzeros)), nnx.data(_held(g_idx))
         self.bias = nnx.data(_bias(bias))
@@ -171,7 +171,7 @@ class Float8Linear(nnx.Module):
     """``y = x_q @ w.T + bias`` with few bits on both sides; see `raptax.quant.float8`.
 
     Inside ``shard_map`` the lanes of ``x`` may be spread over an axis of the mesh;
-    whoever spreads them names it in ``input_axis``.
+    the caller that spreads them names it in ``input_axis``.
 
     The product and the bias are added up in float32, then rounded to the dtype of ``x``.
 

@@ -74,7 +74,7 @@ def _compressed_tensors(config: Config) -> Parsed:
     groups = config.get("config_groups", {})
     if len(groups) != 1:
         raise ValueError(
-            f"config_groups={sorted(groups)} must be one group: layers are quantised "
+            f"config_groups={sorted(groups)} must be one group: layers are quantized "
             "alike or not at all."
         )
     (group,) = groups.values()
@@ -172,7 +172,7 @@ def _layers(names: list[str], left_out: Iterable[str], count: int) -> frozenset[
         if out and len(out) < len(modules):
             raise ValueError(
                 f"{out} are not float8 and the others of {modules} are; a layer must be "
-                "quantised uniformly."
+                "quantized uniformly."
             )
         if not out:
             found.add(layer)

@@ -193,7 +193,7 @@ def dequantize(
         qzeros: Without them the zero point is ``2 ** (bits - 1)``.
         g_idx: The group of each input, for ``desc_act``. Without it groups follow one
             another.
-        in_features: ``C``; unless given what ``g_idx`` says or ``qweight`` has room for.
+        in_features: ``C``; unless given what ``g_idx`` says or ``qweight`` holds.
         columns: Only these outputs, in this order.
     """
     zeros: jax.Array

@@ -25,7 +25,7 @@ def largest_code(dtype: DTypeLike) -> float:
     return float(jnp.finfo(dtype).max)
 
 
-def quantise(
+def quantize(
     x: Float[Array, "*rows D"], dtype: DTypeLike
 ) -> tuple[jax.Array, Float[Array, "*rows"]]:
     """``(codes, scales)`` with ``scales = max|x| / largest_code`` and codes rounded."""
@@ -42,7 +42,7 @@ def quantise(
     return codes.astype(dtype), scales
 
 
-def dequantise(
+def dequantize(
     codes: jax.Array, scales: Float[Array, "*rows"]
 ) -> Float[Array, "*rows D"]:
     """``scale * code`` of each row, in float32."""

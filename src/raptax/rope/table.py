@@ -1,4 +1,4 @@
-"""Cosines and sines that somebody else has worked out."""
+"""Rotary tables: cosines and sines that are given."""
 
 import jax
 import jax.numpy as jnp

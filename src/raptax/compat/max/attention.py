@@ -24,7 +24,7 @@ from ...rope import RotaryEmbedding
 class AttentionWithRopeNoOpaque(AbstractAttention):
     """Attention with rotary positions, and nothing hidden: one stacked projection.
 
-    No biases, no clipping, no quantised weights. Its cache is any whose arrays are in
+    No biases, no clipping, no quantized weights. Its cache is any whose arrays are in
     the open, as all of ours are; see `AttentionWithRope` for the arguments.
     """
 

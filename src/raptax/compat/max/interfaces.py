@@ -1,7 +1,7 @@
 """The general interfaces of MAX's page: a layer around weights that are there already.
 
 `AttentionImpl` takes q, k and v as one weight, `AttentionImplQKV` as three. Each variant
-is an adapter: it turns what its callers pass by name into a rule for masks or scores, and
+is an adapter: it turns what its callers pass by name into a mask_mod or score_mod, and
 calls the one forward pass. A variant of your own derives from either, says in `__call__`
 what it needs, and ends in `attend`.
 """
@@ -221,11 +221,11 @@ class _Vanilla(_Interface):
     def __call__(self, x, kv_collection, valid_lengths=None, **kwargs):
         if "attn_mask" not in kwargs:
             raise ValueError(f"attn_mask not provided to {type(self).__name__}")
-        rules = _array_rules(kwargs.pop("attn_mask"), kv_collection.lengths)
-        return self.attend(x, kv_collection, valid_lengths, **rules, **kwargs)
+        mods = _array_mods(kwargs.pop("attn_mask"), kv_collection.lengths)
+        return self.attend(x, kv_collection, valid_lengths, **mods, **kwargs)
 
 
-def _array_rules(
+def _array_mods(
     mask: Bool[Array, "..."] | Float[Array, "..."], lengths: Any
 ) -> dict[str, Any]:
     """A mask of a chunk's rows ``(B, H, T, S)``, booleans or numbers to add."""

@@ -26,7 +26,7 @@ from ...rope import RotaryEmbedding
 
 
 class GGUFQAttentionWithRope(AbstractAttention):
-    """Attention with rotary positions around quantised weights.
+    """Attention with rotary positions around quantized weights.
 
     Args:
         rope: Interleaved for Llama files: they store q and k permuted that way.

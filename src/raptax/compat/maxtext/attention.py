@@ -20,7 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 from ..._core.errors import Unsupported, choices
 from ...api.attention import attention
 from ...kv_cache.contiguous import ACTIVE
-from ...kv_cache.positioned import Held, Rules, attend
+from ...kv_cache.positioned import AttendSettings, KVSegment, attend
 from ...mods import SoftCap, and_masks
 from ...rope.turns import wide_dtype
 from . import kvcache, masks, positions, serving
@@ -188,15 +188,15 @@ class Attention(Projections):
         """Keys and values of every head, from what a cache holds."""
         return key, value
 
-    def _absorbed(self, query, held: list[Held]):
+    def _absorbed(self, query, held: list[KVSegment]):
         """The same question put to what a cache holds, and how to read the answer."""
         return query, held, lambda y: y
 
-    def _rules(self, deterministic: bool) -> Rules:
+    def _settings(self, deterministic: bool) -> AttendSettings:
         """All but the mask."""
         o = self.options
         cap, drops = o.attn_logits_soft_cap, o.dropout_rate > 0 and not deterministic
-        return Rules(
+        return AttendSettings(
             score_mod=SoftCap(float(cap)) if cap else None,
             sinks=self._wide_sinks,
             scale=1.0,
@@ -231,12 +231,12 @@ class Attention(Projections):
             own, others = segment_ids
             narrow = masks.segments(own, others, S - T)
         runs = None if bidirectional_mask is None else masks.runs(bidirectional_mask)
-        allow = masks.combined(masks.rule(o), narrow, bidirectional=runs)
+        allow = masks.combined(masks.base_mask(o), narrow, bidirectional=runs)
         if o.settings.moba:
             at = jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32), (B, S))
-            allow = _and(allow, masks.moba(q, [Held(k, v, at)], at[:, S - T :], o))
-        rules = self._rules(deterministic)._replace(mask_mod=allow)
-        return attention(q, k, v, **rules._asdict()).swapaxes(1, 2)
+            allow = _and(allow, masks.moba(q, [KVSegment(k, v, at)], at[:, S - T :], o))
+        settings = self._settings(deterministic)._replace(mask_mod=allow)
+        return attention(q, k, v, **settings._asdict()).swapaxes(1, 2)
 
     def _attend_cache(self, q, cache, bidirectional_mask, deterministic):
         """Attends with one row to a cache that holds its own key."""
@@ -247,12 +247,12 @@ class Attention(Projections):
         if o.reshape_q:  # two equal rows, of which the first is kept
             query, at = jnp.repeat(query, 2, axis=2), jnp.repeat(at, 2, axis=1)
         runs = None if bidirectional_mask is None else masks.runs(bidirectional_mask)
-        allow = masks.combined(masks.rule(o), bidirectional=runs)
+        allow = masks.combined(masks.base_mask(o), bidirectional=runs)
         if o.settings.moba:
             allow = _and(allow, masks.moba(query, held, at, o))
-        rules = self._rules(deterministic)._replace(mask_mod=allow)
+        settings = self._settings(deterministic)._replace(mask_mod=allow)
         block = o.ragged_block_size if self._is_ragged else None
-        y = attend(query, held, at, rules, block=block)[:, :, :1]
+        y = attend(query, held, at, settings, block=block)[:, :, :1]
         y = jnp.where(cache.overflowed[:, None, None, None], jnp.nan, y)
         return back(y.swapaxes(1, 2))
 
@@ -341,11 +341,11 @@ class Attention(Projections):
     def _attend_ring(self, q, k, v, segment_ids, fresh, deterministic):
         variables, o = self._cache, self.options
         ring = variables.value.empty if fresh else variables.value
-        rules = self._rules(deterministic)._replace(mask_mod=masks.rule(o))
+        settings = self._settings(deterministic)._replace(mask_mod=masks.base_mask(o))
         if o.float32_qk_product or o.float32_logits:
             q, k, v = (x.astype(wide_dtype(x)) for x in (q, k, v))
         real = _real(q.shape[:2], segment_ids)
-        y, ring = ring.append_and_attend(q, k, v, rules, real=real)
+        y, ring = ring.append_and_attend(q, k, v, settings, real=real)
         variables.store(ring)
         return y
 
@@ -362,7 +362,7 @@ class Attention(Projections):
         """Attends over pages, as vLLM's engine asks; see `serving.serve`.
 
         Args:
-            query: ``(B, T, N, D)``: the rows of all sequences, one after another.
+            query: ``(B, T, N, D)``: packed (ragged) tokens.
             key: ``(B, T, K, D)``.
             value: Likewise.
             rpa_kv_cache: This layer's pages, or a list that holds them.

@@ -1,4 +1,4 @@
-"""Who sees whom: MaxText's attention types as masks on absolute positions.
+"""MaxText's attention types as masks on absolute positions.
 
     global, mla       keys up to the query's own
     local_sliding     the last ``window`` of these
@@ -8,7 +8,7 @@
     full              every key
 
 Segment ids narrow this down: a query sees the keys with its own id, 0 (padding) included,
-and nobody sees a negative one. Bidirectional runs come last: tokens of one run see each
+and no token sees a negative one. Bidirectional runs come last: tokens of one run see each
 other, whatever the rest says.
 """
 
@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ..._core.pytree import pytree, static
 from ..._core.types import MaskMod
-from ...kv_cache.positioned import Held
+from ...kv_cache.positioned import KVSegment
 from ...mods import (
     BlockCausal,
     Causal,
@@ -34,7 +34,7 @@ from ...mods.combine import entries, per_sequence, within
 from ...rope.turns import wide_dtype
 
 
-def rule(o: Any) -> MaskMod | None:
+def base_mask(o: Any) -> MaskMod | None:
     """The mask of a layer's attention type; None for "full"."""
     if o.kind == "local_sliding":
         return SlidingWindow(o.window)
@@ -69,7 +69,7 @@ def runs(bidirectional_mask: Int[Array, "B S"] | Bool[Array, "B S"]) -> Runs:
 def segments(
     query_ids: Int[Array, "B T"], key_ids: Int[Array, "B S"], start: int
 ) -> Segments:
-    """Equal ids see each other; -1 and below, which stand for nothing, see nobody."""
+    """Equal ids see each other; -1 and below, which stand for nothing, see no token."""
     return Segments(
         jnp.where(query_ids < 0, -2, query_ids),
         jnp.where(key_ids < 0, -1, key_ids),
@@ -106,7 +106,7 @@ class ChosenBlocks(Mask):
 
 def moba(
     query: Float[Array, "B H T D"],
-    held: list[Held],
+    held: list[KVSegment],
     positions: Int[Array, "B T"],
     o: Any,
 ) -> ChosenBlocks:

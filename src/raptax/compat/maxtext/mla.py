@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from ..._core.errors import Unsupported
-from ...kv_cache.positioned import Held
+from ...kv_cache.positioned import KVSegment
 from ...nn import mla
 from . import kvcache, positions
 from .attention import Attention, LayerOptions
@@ -86,7 +86,7 @@ class MLA(Attention):
 
     The cache holds latents, and decoding asks these themselves. config.mla_naive_kvcache
     stores keys and values of every head instead; with ``quant`` they are expanded at each
-    step, as quantised weights cannot be absorbed.
+    step, as quantized weights cannot be absorbed.
     """
 
     Options = MLAOptions
@@ -164,7 +164,7 @@ class MLA(Attention):
             return key, value
         return self._all_heads(key, value)
 
-    def _absorbed(self, query, held: list[Held]):
+    def _absorbed(self, query, held: list[KVSegment]):
         o = self.options
         if o.settings.mla_naive_kvcache:
             return query, held, lambda y: y
@@ -172,12 +172,14 @@ class MLA(Attention):
             heads = []
             for part in held:
                 k, v = self._all_heads(*(x.swapaxes(1, 2) for x in part[:2]))
-                heads.append(Held(k.swapaxes(1, 2), v.swapaxes(1, 2), part.positions))
+                heads.append(
+                    KVSegment(k.swapaxes(1, 2), v.swapaxes(1, 2), part.positions)
+                )
             return query, heads, lambda y: y
         w_k, w_v = jnp.split(self.wkv_b.kernel[...], [o.qk_nope_head_dim], axis=-1)
-        query = mla.absorb(query, w_k)
-        held = [Held(*mla.latent_keys(*part[:2]), part.positions) for part in held]
-        return query, held, lambda y: mla.emerge(y, w_v)
+        query = mla.absorb_query(query, w_k)
+        held = [KVSegment(*mla.latent_keys(*part[:2]), part.positions) for part in held]
+        return query, held, lambda y: mla.project_values(y, w_v)
 
     @property
     def _cache_name(self) -> str:  # type: ignore[override]

@@ -1,4 +1,4 @@
-"""The long list: names and defaults as MaxText documents them, checked in one place.
+"""MaxText's options: names and defaults as it documents them, checked in one place.
 
 `AttentionOptions` is what the documented constructors take; `Settings` is what is read of
 a `config`. Nothing else looks at a config.
@@ -25,7 +25,7 @@ Number = int | float
 
 
 class AttentionType(enum.Enum):
-    """Who may see whom; see `raptax.compat.maxtext.masks`."""
+    """Which query may see which key; see `raptax.compat.maxtext.masks`."""
 
     GLOBAL = "global"
     LOCAL_SLIDING = "local_sliding"

@@ -1,4 +1,4 @@
-"""Products of quantised numbers for the projections, by qwix (an optional package)."""
+"""Products of quantized numbers for the projections, by qwix (an optional package)."""
 
 import dataclasses
 import importlib

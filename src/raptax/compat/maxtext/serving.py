@@ -35,7 +35,7 @@ def ragged_paged_attention(
     """Prompts in chunks and single tokens of many sequences, in one call.
 
     Args:
-        q: Rows of all sequences, one after another. The last row of a sequence stands at
+        q: Packed (ragged) tokens. The last row of a sequence stands at
             its last key, and each sees the keys up to its own position.
         kv_pages: See the module; any dtype.
         kv_lens: Keys of each sequence, the rows' own included.
@@ -76,15 +76,16 @@ def ragged_paged_attention(
     )
     table = jnp.arange(B * M, dtype=jnp.int32)
     table = jnp.where(page_indices.reshape(-1) == flat, table, -1).reshape(B, M)
-    rule = Causal() if sliding_window is None else SlidingWindow(sliding_window)
-    change = SoftCap(float(soft_cap)) if soft_cap else None
-    options: dict[str, Any] = dict(mask_mod=rule, score_mod=change)
+    mask_mod = Causal() if sliding_window is None else SlidingWindow(sliding_window)
+    score_mod = SoftCap(float(soft_cap)) if soft_cap else None
+    options: dict[str, Any] = dict(mask_mod=mask_mod, score_mod=score_mod)
     if attention_sink is not None:
         P = kv_pages.shape[1]
         table = jnp.concatenate([jnp.full((B, 1), B * M, jnp.int32), table], axis=1)
         lengths = jnp.where(real, lengths + P, 0)
         options = dict(
-            mask_mod=_BehindSink(rule, P), score_mod=_Sink(attention_sink, change, P)
+            mask_mod=_BehindSink(mask_mod, P),
+            score_mod=_Sink(attention_sink, score_mod, P),
         )
     return paged_attention(
         q,
@@ -121,13 +122,13 @@ class _Sink:
     """Scores of the page before a sequence are the sinks; the others change as ever."""
 
     sinks: Float[Array, " H"]
-    change: Any
+    score_mod: Any
     size: int = static()
 
     def __call__(self, scores, b_idx, h_idx, q_idx, kv_idx):
         changed = scores
-        if self.change is not None:
-            changed = self.change(scores, b_idx, h_idx, q_idx, kv_idx)
+        if self.score_mod is not None:
+            changed = self.score_mod(scores, b_idx, h_idx, q_idx, kv_idx)
         sink = self.sinks.astype(scores.dtype)[h_idx]
         return jnp.where(kv_idx < self.size, sink, changed)
 
@@ -172,7 +173,7 @@ def serve(
     """Writes the new rows into the pages, then attends.
 
     Args:
-        qkv: Rows of all sequences, ``(R, H, D)`` and twice ``(R, K, D)``.
+        qkv: Packed (ragged) tokens, ``(R, H, D)`` and twice ``(R, K, D)``.
         cache: One layer's pages ``(N, P, 2 K, D')``, or ``(N, P, 2 K / c, c, D')`` as
             TPU kernels pack them; lanes from D on are padding.
         metadata: ``seq_lens`` (B,), which count the new rows; ``block_tables`` (B, M) or

@@ -6,18 +6,18 @@ from typing import Any
 import jax
 
 from ..._core.manual_axes import same_manual_axes, varying_like
-from ..blockwise import Known, _backward
-from ..tiles import Inputs, Problem
+from ..blockwise import Residuals, _backward
+from ..tiles import DiffInputs, TiledProblem
 
 
 def native_backward(
     attributes: dict[str, Any],
     operands: Sequence[jax.Array],
     captured: Sequence[jax.Array],
-    problem: Problem,
-    known: Known,
+    problem: TiledProblem,
+    residuals: Residuals,
     cotangents: tuple[jax.Array, jax.Array],
-) -> Inputs:
+) -> DiffInputs:
     """The gradients that `blockwise._backward` returns, by C++.
 
     With W the weights, S the scores and delta = sum(dO * O) - dL for each row:
@@ -32,13 +32,13 @@ def native_backward(
         operands: ``native_attention.Operands``, filled.
         captured: Arrays of the programs of the mask, the score_mod and its slope.
         problem: The same problem in `blockwise`'s terms.
-        known: Inputs, output and log-sum-exp.
+        residuals: Inputs, output and log-sum-exp.
         cotangents: Gradients of the output and of the log-sum-exp.
 
     Returns:
-        A gradient for each array of ``known.inputs``, in its shape and dtype.
+        A gradient for each array of ``residuals.inputs``, in its shape and dtype.
     """
-    _, inputs, out, lse = known
+    _, inputs, out, lse = residuals
     query, key, value, bias, sinks, learned = inputs
     d_out, d_lse = cotangents
     found = [out, lse, d_out.astype(out.dtype), d_lse.astype(lse.dtype)]
@@ -51,11 +51,11 @@ def native_backward(
     d_query, d_key, d_value, d_bias, d_sinks = varying_like(
         arrays[0], run(*arrays, **attributes)
     )
-    return Inputs(
+    return DiffInputs(
         d_query,
         d_key,
         d_value,
         None if bias is None else d_bias.astype(bias.dtype),
         None if sinks is None else d_sinks.astype(sinks.dtype),
-        _backward(problem, known, cotangents).learned if learned else [],
+        _backward(problem, residuals, cotangents).learned if learned else [],
     )

@@ -1,7 +1,7 @@
-"""Attention in C++ on CPUs, for every mask, score change and derivative.
+"""Attention in C++ on CPUs, for every mask, score_mod and derivative.
 
 The forward pass is csrc/forward.inl, called through XLA's FFI. What `Causal`,
-`SlidingWindow` and `Window` say becomes a band, which costs nothing.
+`SlidingWindow` and `Window` say becomes a band: two numbers, and no work for each score.
 
 Tangents are those of `blockwise`, so every derivative that it has is here as well.
 """
@@ -17,9 +17,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ..._core.errors import Unsupported
 from ..._core.manual_axes import same_manual_axes, varying_like
-from ..._core.transposable import linear
+from ..._core.transposable import linear_with_transpose
 from ..._core.types import Attended, DropoutKey, MaskMod, ScoreMod
-from ...block_mask import BlockMask, Grid, tile_kinds
+from ...block_mask import BlockMask, Grid, block_kinds
 from ...mod_compiler.compile import (
     NOTHING,
     ModProgram,
@@ -34,20 +34,20 @@ from .. import blockwise
 from ..partition import partitioned
 from ..per_platform import per_platform
 from ..problem import AttentionParams, named, traced_mods, unfolded, with_lengths
-from ..tiles import Fixed, Inputs, Problem, Tile
+from ..tiles import DiffInputs, NonDiffArrays, Tile, TiledProblem
 from .backward import native_backward
-from .library import why_missing
+from .library import missing_reason
 
 UNLIMITED = 2**31 - 1  # as an operand; csrc/problem.h has Band::kUnlimited
 TILE = (128, 128)  # kQueries and kKeys of csrc/forward.inl
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
-def why_not_native(
+def native_unsupported_reason(
     query: jax.Array, key: jax.Array, value: jax.Array, **problem: Any
 ) -> str | None:
     """One sentence on what of ``problem`` this kernel cannot do, or None."""
-    if (reason := why_missing()) is not None:
+    if (reason := missing_reason()) is not None:
         return reason
     if (platform := _platform(query)) != "cpu":
         return f"it runs on CPUs; these arrays are on a {platform}"
@@ -56,10 +56,12 @@ def why_not_native(
     mods = problem.get("mask_mod"), problem.get("score_mod")
     (B, H, T, _), S = query.shape, key.shape[2]
     start = problem.get("query_start")
-    return why_not_mods(*traced_mods(*mods, (B, H, T, S), jnp.float32, start))
+    return mods_unsupported_reason(
+        *traced_mods(*mods, (B, H, T, S), jnp.float32, start)
+    )
 
 
-def why_not_mods(mask_mod: Any, score_mod: Any) -> str | None:
+def mods_unsupported_reason(mask_mod: Any, score_mod: Any) -> str | None:
     """Why the mods cannot be written as programs, in one sentence; None if they can.
 
     Decided once for all mods of the same structure, with arrays of the same shapes. A
@@ -69,11 +71,11 @@ def why_not_mods(mask_mod: Any, score_mod: Any) -> str | None:
     avals = tuple(jax.typeof(x) for x in leaves)
     like = tuple((x.shape, x.dtype, x.weak_type) for x in avals)
     x64 = jnp.dtype(float) == jax.dtypes.canonicalize_dtype(float)
-    return _why_not_written(structure, like, x64)
+    return _not_lowerable_reason(structure, like, x64)
 
 
 @functools.lru_cache(maxsize=4096)
-def _why_not_written(structure: Any, like: Any, x64: bool) -> str | None:
+def _not_lowerable_reason(structure: Any, like: Any, x64: bool) -> str | None:
     def write(leaves: Any) -> Any:
         return programs_of(*jax.tree.unflatten(structure, leaves))
 
@@ -112,7 +114,7 @@ def native_attention(
     deterministic: bool = True,
     return_lse: bool = False,
 ) -> Attended:
-    """See `AttentionFn`; `why_not_native` says what this one cannot do.
+    """See `AttentionFn`; `native_unsupported_reason` says what this one cannot do.
 
     Weights are float32; those of bfloat16 inputs are rounded to bfloat16 where the
     machine multiplies matrices of those (AMX), as FlashAttention does. There float32
@@ -135,7 +137,7 @@ def native_attention(
         deterministic=deterministic,
     )
     mods = dict(mask_mod=params.mask_mod, score_mod=params.score_mod)
-    if (reason := why_not_native(query, key, value, **mods)) is not None:
+    if (reason := native_unsupported_reason(query, key, value, **mods)) is not None:
         raise Unsupported(f"native cannot run this: {reason}.")
     if blockwise.nothing_to_see(query, key, value):
         out, lse = blockwise.empty_result(query, value, sinks)
@@ -191,7 +193,7 @@ def band_operand(left: Limit, right: Limit) -> Int[Array, "2"]:
 
 
 def programs_of(mask_mod: Any, score_mod: Any) -> tuple[ModProgram, ModProgram]:
-    """What is left of the mask beside the band, and the score change, as programs.
+    """What is left of the mask beside the band, and the score_mod, as programs.
 
     Raises:
         Unsupported: One of them cannot be written as a program.
@@ -212,7 +214,7 @@ def _scaled(score_mod: Any, scale: Any, bias: Any) -> ModProgram | None:
 
 
 def _slope(score_mod: Any) -> ModProgram | None:
-    """The derivative of a score change; None if it cannot be written as a program."""
+    """The derivative of a score_mod; None if it cannot be written as a program."""
     if score_mod is None:
         return NOTHING
     try:
@@ -293,8 +295,8 @@ def _prepare(
     tile, kinds = TILE, None
     if isinstance(mask_mod, BlockMask):
         tile, kinds = mask_mod.block, mask_mod.kinds
-    elif rest is not None and Problem(Tile(*tile), (B, H, T, S)).many_tiles:
-        kinds = tile_kinds(mask_mod, start, Grid(tile, (T, S)), B, H)
+    elif rest is not None and TiledProblem(Tile(*tile), (B, H, T, S)).many_tiles:
+        kinds = block_kinds(mask_mod, start, Grid(tile, (T, S)), B, H)
     programs = [
         *programs_of(mask_mod, score_mod),
         _slope(score_mod),
@@ -307,7 +309,7 @@ def _prepare(
 
 
 def forward(
-    call: Call, fixed: Fixed, lookup: Lookup, inputs: Inputs
+    call: Call, fixed: NonDiffArrays, lookup: Lookup, inputs: DiffInputs
 ) -> tuple[Float[Array, "B H T E"], Float[Array, "B H T"]]:
     """``(out, log-sum-exp)``, by C++."""
     query, key, value = inputs[:3]
@@ -338,23 +340,27 @@ def forward(
 def _native(query, key, value, params):
     arrays = same_manual_axes((query, key, value, unfolded(params)))
     call, lookup = _prepare(*arrays)
-    rules, fixed, inputs = blockwise.prepare(*arrays)
-    return _attend((call, rules), (fixed, lookup), inputs)
+    problem, fixed, inputs = blockwise.prepare(*arrays)
+    return _attend((call, problem), (fixed, lookup), inputs)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _attend(static: tuple[Call, Problem], arrays: tuple[Fixed, Lookup], inputs: Inputs):
-    call, rules = static
+def _attend(
+    static: tuple[Call, TiledProblem],
+    arrays: tuple[NonDiffArrays, Lookup],
+    inputs: DiffInputs,
+):
+    call, problem = static
     return per_platform(
         functools.partial(forward, call),
-        lambda fixed, lookup, inputs: blockwise.forward(rules, fixed, inputs),
+        lambda fixed, lookup, inputs: blockwise.forward(problem, fixed, inputs),
         *arrays,
         inputs,
         folds=_folds(call, *arrays, inputs),
     )
 
 
-def _folds(call: Call, fixed: Fixed, lookup: Lookup, inputs: Inputs) -> Any:
+def _folds(call: Call, fixed: NonDiffArrays, lookup: Lookup, inputs: DiffInputs) -> Any:
     """Which arrays have an axis of sequences, if the call treats sequences alike.
 
     Dropout and some mods do not: they depend on the number of a sequence.
@@ -372,7 +378,7 @@ def _folds(call: Call, fixed: Fixed, lookup: Lookup, inputs: Inputs) -> Any:
     )
 
 
-def _operands(fixed: Fixed, lookup: Lookup, inputs: Inputs) -> Operands:
+def _operands(fixed: NonDiffArrays, lookup: Lookup, inputs: DiffInputs) -> Operands:
     scale, dropout = fixed.scale, fixed.dropout
     factors = [
         jnp.float32(1) if scale is None else scale,
@@ -391,16 +397,18 @@ def _operands(fixed: Fixed, lookup: Lookup, inputs: Inputs) -> Operands:
 
 
 def _tangent(
-    problem: Problem, residuals: tuple[blockwise.Known, Lookup], moved: Inputs
+    problem: TiledProblem,
+    residuals: tuple[blockwise.Residuals, Lookup],
+    moved: DiffInputs,
 ):
     return blockwise._tangent(problem, residuals[0], moved)
 
 
-def _plain_backward(problem: Problem, residuals, cotangents) -> Inputs:
+def _plain_backward(problem: TiledProblem, residuals, cotangents) -> DiffInputs:
     return blockwise._backward(problem, residuals[0], cotangents)
 
 
-def _backward(call: Call, problem: Problem, residuals, cotangents) -> Inputs:
+def _backward(call: Call, problem: TiledProblem, residuals, cotangents) -> DiffInputs:
     if call.slope is None:
         return blockwise._backward(problem, residuals[0], cotangents)
     return per_platform(
@@ -412,7 +420,7 @@ def _backward(call: Call, problem: Problem, residuals, cotangents) -> Inputs:
     )
 
 
-def _backward_folds(call: Call, residuals: tuple[blockwise.Known, Lookup]) -> Any:
+def _backward_folds(call: Call, residuals: tuple[blockwise.Residuals, Lookup]) -> Any:
     """As `_folds`, if no gradient is summed over sequences."""
     (fixed, inputs, _, _), lookup = residuals
     folds = _folds(call, fixed, lookup, inputs)
@@ -421,10 +429,12 @@ def _backward_folds(call: Call, residuals: tuple[blockwise.Known, Lookup]) -> An
     if inputs.learned:
         return None
     found: Any = (True, True)
-    return (blockwise.Known(folds[0], folds[2], *found), folds[1]), found
+    return (blockwise.Residuals(folds[0], folds[2], *found), folds[1]), found
 
 
-def _native_backward(call: Call, problem: Problem, residuals, cotangents) -> Inputs:
+def _native_backward(
+    call: Call, problem: TiledProblem, residuals, cotangents
+) -> DiffInputs:
     known, lookup = residuals
     assert call.slope is not None
     operands = _operands(known.fixed, lookup, known.inputs)
@@ -437,13 +447,13 @@ def _native_backward(call: Call, problem: Problem, residuals, cotangents) -> Inp
 
 @_attend.defjvp
 def _attend_jvp(static, primals, tangents):
-    (call, rules), ((fixed, lookup), inputs) = static, primals
+    (call, problem), ((fixed, lookup), inputs) = static, primals
     out, lse = named(*_attend(static, *primals))
-    plain = rules._replace(reversible=True)
-    moved = linear(
-        functools.partial(_tangent, rules),
-        functools.partial(_backward, call, rules),
-        (blockwise.Known(fixed, inputs, out, lse), lookup),
+    plain = problem._replace(reversible=True)
+    moved = linear_with_transpose(
+        functools.partial(_tangent, problem),
+        functools.partial(_backward, call, problem),
+        (blockwise.Residuals(fixed, inputs, out, lse), lookup),
         tangents[1],
         plain=(
             functools.partial(_tangent, plain),

@@ -24,7 +24,7 @@ HANDLERS = (
 
 
 @functools.cache
-def why_missing() -> str | None:
+def missing_reason() -> str | None:
     """Why the native kernels cannot be called, in one sentence; None if they can."""
     try:
         folder = resources.files("raptax_native")
@@ -49,7 +49,7 @@ def why_missing() -> str | None:
 
 def available() -> bool:
     """Whether the native kernels can be called; loads them when first asked."""
-    return why_missing() is None
+    return missing_reason() is None
 
 
 def probe(x: Int32[Array, "*shape"]) -> Int32[Array, "*shape"]:
@@ -58,7 +58,7 @@ def probe(x: Int32[Array, "*shape"]) -> Int32[Array, "*shape"]:
     Raises:
         Unsupported: The library is missing.
     """
-    reason = why_missing()
+    reason = missing_reason()
     if reason is not None:
         raise Unsupported(f"probe needs the native kernels: {reason}.")
     return jax.ffi.ffi_call("raptax_probe", jax.ShapeDtypeStruct(x.shape, x.dtype))(x)

@@ -8,14 +8,14 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from ...quant.rows import CODES, is_code
-from ..paged.problem import Batch, Pool, Rules
+from ..paged.problem import Batch, Pool, ScoreSettings
 from . import library as native
-from .forward import band_operand, programs_of, split_band, why_not_mods
+from .forward import band_operand, mods_unsupported_reason, programs_of, split_band
 
 FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
-def why_not(
+def unsupported_reason(
     query: jax.Array, pool: Pool, mask_mod: Any, score_mod: Any, new: Any = None
 ) -> str | None:
     """Why the C++ kernel cannot do this, in one sentence; None if it can."""
@@ -34,7 +34,7 @@ def why_not(
         return f"it knows no pages of {dtype}"
     if pool.values.dtype != dtype or (pool.key_scales is not None) != is_code(dtype):
         return "keys and values must be alike, and have scales just if they are codes"
-    return why_not_mods(mask_mod, score_mod) or native.why_missing()
+    return mods_unsupported_reason(mask_mod, score_mod) or native.missing_reason()
 
 
 class Call(NamedTuple):
@@ -58,12 +58,12 @@ Captured = tuple[jax.Array, jax.Array, list[jax.Array]]
 """The scale, the band, and the arrays of the mask's program and the score_mod's."""
 
 
-def prepare(rules: Rules) -> tuple[Call, Captured]:
+def prepare(settings: ScoreSettings) -> tuple[Call, Captured]:
     """The call, and the arrays that its programs read."""
-    left, right, _ = split_band(rules.mask_mod)
-    mask, score = programs_of(rules.mask_mod, rules.score_mod)
+    left, right, _ = split_band(settings.mask_mod)
+    mask, score = programs_of(settings.mask_mod, settings.score_mod)
     call = Call(mask.code, len(mask.arrays), score.code, len(score.arrays))
-    scale = jnp.asarray(1.0 if rules.scale is None else rules.scale, jnp.float32)
+    scale = jnp.asarray(1.0 if settings.scale is None else settings.scale, jnp.float32)
     return call, (scale, band_operand(left, right), [*mask.arrays, *score.arrays])
 
 

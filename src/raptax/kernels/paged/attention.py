@@ -2,9 +2,9 @@
 
 A pool holds pages of ``P`` tokens for every layer; ``table[b, m]`` names the page with
 tokens ``m * P`` to ``m * P + P - 1`` of sequence ``b``, or none: -1, or any number
-outside the pool. New rows of all sequences come one after another, ``row_offsets``
-apart: prefill chunks and single decode steps mix freely. Kwon et al. 2023,
-arXiv:2309.06180.
+outside the pool. New tokens are packed (ragged): one sequence after another,
+``row_offsets`` apart, so that prefill chunks and single decode steps mix freely. Kwon et
+al. 2023, arXiv:2309.06180.
 
 One function appends and attends, because XLA updates the pool in place only if nothing
 reads the old one afterwards. Writes without a place are dropped (scatter mode "drop"):
@@ -41,9 +41,9 @@ from ..._core.types import MaskMod, ScoreMod
 from ..cpu import paged as native_paged
 from ..per_platform import per_platform
 from ..softmax import accumulator
-from ..tiles import Fixed, Problem
+from ..tiles import NonDiffArrays, TiledProblem
 from . import checks, gradient, jax_kernel
-from .problem import Batch, Rules, Where
+from .problem import Batch, ScoreSettings, Where
 from .problem import Pool as Pool
 from .problem import places as places
 
@@ -91,8 +91,8 @@ def append_and_attend(
     """
     where = Where(table, lengths, row_offsets, layer)
     batch = Batch(query, (key, value), pool, where)
-    rules = Rules.create(query, mask_mod, score_mod, scale, sinks)
-    out, lse, pool = _run(batch, rules, kernel)
+    settings = ScoreSettings.create(query, mask_mod, score_mod, scale, sinks)
+    out, lse, pool = _run(batch, settings, kernel)
     return ((out, lse) if return_lse else out), pool
 
 
@@ -116,12 +116,12 @@ def attend(
     The last row of a sequence stands at its last key. Otherwise as `append_and_attend`.
     """
     where = Where(table, lengths, row_offsets, layer)
-    rules = Rules.create(query, mask_mod, score_mod, scale, sinks)
-    out, lse, _ = _run(Batch(query, None, pool, where), rules, kernel)
+    settings = ScoreSettings.create(query, mask_mod, score_mod, scale, sinks)
+    out, lse, _ = _run(Batch(query, None, pool, where), settings, kernel)
     return (out, lse) if return_lse else out
 
 
-def why_not_native(
+def native_unsupported_reason(
     query: Float[Array, "R H D"],
     pool: Pool,
     *,
@@ -129,8 +129,10 @@ def why_not_native(
     score_mod: ScoreMod | None = None,
 ) -> str | None:
     """Why the C++ kernel cannot do this, in one sentence; None if it can."""
-    rules = Rules.create(query, mask_mod, score_mod, None, None)
-    return native_paged.why_not(query, pool, rules.mask_mod, rules.score_mod)
+    settings = ScoreSettings.create(query, mask_mod, score_mod, None, None)
+    return native_paged.unsupported_reason(
+        query, pool, settings.mask_mod, settings.score_mod
+    )
 
 
 def append(
@@ -157,35 +159,37 @@ def append(
 
 
 def _run(
-    batch: Batch, rules: Rules, kernel: str | None
+    batch: Batch, settings: ScoreSettings, kernel: str | None
 ) -> tuple[jax.Array, jax.Array, Pool]:
     """By the first kernel that can, or the one named."""
     if kernel not in (None, *KERNELS):
         raise ValueError(f"kernel={kernel!r} is not one of {choices(KERNELS)}.")
-    check_sinks(rules.sinks, batch.query.shape[1])
+    check_sinks(settings.sinks, batch.query.shape[1])
     if not batch.query.size or not batch.where.table.size:
-        return _nothing(batch, rules)
+        return _nothing(batch, settings)
     reason = None
     if kernel != "jax":
-        reason = native_paged.why_not(
-            batch.query, batch.pool, rules.mask_mod, rules.score_mod, batch.new
+        reason = native_paged.unsupported_reason(
+            batch.query, batch.pool, settings.mask_mod, settings.score_mod, batch.new
         )
     if kernel == "native" and reason is not None:
         raise Unsupported(f"kernel={kernel!r} cannot run this: {reason}.")
     native = kernel != "jax" and reason is None
     if not native:
-        checks.check(batch, rules)
-    return _compute(batch, rules, native)
+        checks.check(batch, settings)
+    return _compute(batch, settings, native)
 
 
-def _nothing(batch: Batch, rules: Rules) -> tuple[jax.Array, jax.Array, Pool]:
+def _nothing(
+    batch: Batch, settings: ScoreSettings
+) -> tuple[jax.Array, jax.Array, Pool]:
     """No rows, no sequences or no pages: every row is padding or sees no key."""
     query, offsets = batch.query, batch.where.row_offsets
     out = jnp.zeros((*query.shape[:2], batch.pool.values.shape[4]), query.dtype)
     lse = jnp.full(query.shape[:2], -jnp.inf, accumulator(query.dtype))
-    if rules.sinks is not None and batch.new is None:
+    if settings.sinks is not None and batch.new is None:
         real = jnp.arange(query.shape[0], dtype=jnp.int32) < offsets[-1]
-        lse = jnp.where(real[:, None], rules.sinks.astype(lse.dtype)[None], lse)
+        lse = jnp.where(real[:, None], settings.sinks.astype(lse.dtype)[None], lse)
     return out, lse, batch.pool
 
 
@@ -194,7 +198,7 @@ class _Static(NamedTuple):
 
     native: native_paged.Call | None
     plain: jax_kernel.Call
-    gradient: Problem
+    gradient: TiledProblem
 
 
 class _Constants(NamedTuple):
@@ -202,7 +206,7 @@ class _Constants(NamedTuple):
 
     where: Where
     captured: Any  # what the mods carry or capture, for C++ and for plain JAX
-    gradient: Fixed
+    gradient: NonDiffArrays
 
 
 class _Moved(NamedTuple):
@@ -219,17 +223,17 @@ class _Moved(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _compute(batch: Batch, rules: Rules, native: bool):
+def _compute(batch: Batch, settings: ScoreSettings, native: bool):
     call: Any = None
     in_c: Any = None
     if native:
-        call, in_c = native_paged.prepare(rules)
-    plain, in_jax = jax_kernel.prepare(batch, rules)
+        call, in_c = native_paged.prepare(settings)
+    plain, in_jax = jax_kernel.prepare(batch, settings)
     captured = in_c, in_jax
-    problem, fixed, learned = gradient.prepare(batch, rules)
+    problem, fixed, learned = gradient.prepare(batch, settings)
     # Derivatives reach the mods' arrays by `learned` alone.
     constants = _Constants(batch.where, lax.stop_gradient(captured), fixed)
-    moved = _Moved(batch.query, batch.new, batch.pool, rules.sinks, learned)
+    moved = _Moved(batch.query, batch.new, batch.pool, settings.sinks, learned)
     out, lse, after = _attend(_Static(call, plain, problem), constants, moved)
     return out, lse, batch.pool if after is None else after
 

@@ -1,4 +1,4 @@
-"""What plain JAX cannot raise inside jit, raised where the numbers are known."""
+"""Checks of page tables where the numbers are known: outside jit."""
 
 from typing import Any, NamedTuple
 
@@ -9,10 +9,10 @@ from jaxtyping import Bool, Int
 
 from ..._core.types import position_indices
 from ...mods import apply_mask
-from .problem import Batch, Rules
+from .problem import Batch, ScoreSettings
 
 
-def check(batch: Batch, rules: Rules) -> None:
+def check(batch: Batch, settings: ScoreSettings) -> None:
     """Raises ValueError for what the native kernel refuses when it runs.
 
     Does nothing where the table, the lengths, the offsets or the layer are traced.
@@ -23,7 +23,7 @@ def check(batch: Batch, rules: Rules) -> None:
     first = np.arange(where.missing.shape[1]) * batch.pool.keys.shape[3]
     missing = where.missing & (first < where.keys[:, None])
     for b in map(int, np.flatnonzero(missing.any(1) & (where.rows > 0))):
-        seen = _seen(batch, where, rules.mask_mod, b)
+        seen = _seen(batch, where, settings.mask_mod, b)
         _refuse_missing(batch, b, missing[b] & seen)
 
 
@@ -71,7 +71,7 @@ def _check_places(batch: Batch, where: _Known) -> None:
         if length < 0 or where.keys[b] > M * P:
             raise ValueError(
                 f"lengths[{b}]={length} with {rows[b]} rows does not fit: a sequence "
-                f"has room for {M * P} tokens, in {M} pages of {P}."
+                f"holds {M * P} tokens, in {M} pages of {P}."
             )
         if batch.new is not None:
             written = (page >= length // P) & (page * P < where.keys[b])

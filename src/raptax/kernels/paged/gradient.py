@@ -1,7 +1,7 @@
 """Derivatives of paged attention: `blockwise` on pages that are brought together.
 
 The pages of all sequences, in the order of the table, are ``B * M * P`` slots of keys;
-the rows of all sequences are queries. A mask leaves each row the slots of its own
+the packed (ragged) tokens are queries. A mask leaves each row the slots of its own
 sequence, tiles of rows and slots that share no sequence are never visited, and mods are
 asked about positions. So derivatives of every kind are those of `blockwise`, in memory
 that grows with the rows and with the pages of the table, never with their product.
@@ -17,27 +17,31 @@ from jaxtyping import Array, Bool, Float
 from ..._core.manual_axes import same_manual_axes
 from ...block_mask import EMPTY, PARTIAL
 from ...mods import apply_mask, apply_score
-from ...quant.rows import dequantise
+from ...quant.rows import dequantize
 from .. import blockwise
 from ..softmax import accumulator
-from ..tiles import Fixed, Inputs, Plan, Problem, lift, tile_sizes
+from ..tiles import DiffInputs, NonDiffArrays, Plan, TiledProblem, lift, tile_sizes
 from .jax_kernel import append
-from .problem import Batch, Pool, Row, Rules
+from .problem import Batch, Pool, Row, ScoreSettings
 
 Learned = list[jax.Array]
 
 
-def prepare(batch: Batch, rules: Rules) -> tuple[Problem, Fixed, Learned]:
-    """The static half, the arrays without derivatives, and those of the score change."""
+def prepare(
+    batch: Batch, settings: ScoreSettings
+) -> tuple[TiledProblem, NonDiffArrays, Learned]:
+    """The static half, the arrays without derivatives, and those of the score_mod."""
     (R, H, _), (B, M) = batch.query.shape, batch.where.table.shape
     shape = 1, H, R, B * M * batch.pool.keys.shape[3]
-    score_mod, dtype = rules.score_mod, accumulator(batch.query.dtype)
-    scale = None if rules.scale is None else jnp.asarray(rules.scale).astype(dtype)
-    problem = Problem(tile_sizes(*shape), shape)
+    score_mod, dtype = settings.score_mod, accumulator(batch.query.dtype)
+    scale = (
+        None if settings.scale is None else jnp.asarray(settings.scale).astype(dtype)
+    )
+    problem = TiledProblem(tile_sizes(*shape), shape)
     start = jnp.zeros(1, jnp.int32)
     at = problem.indices(start, 0, 0)
     rows = Row.of(batch)
-    allowed = functools.partial(_allow, batch, rows, rules.mask_mod)
+    allowed = functools.partial(_allow, batch, rows, settings.mask_mod)
     allow, allow_arrays = lift(allowed, *at)
     problem = problem._replace(allow=allow)
     arrays: list[jax.Array] = []
@@ -49,7 +53,11 @@ def prepare(batch: Batch, rules: Rules) -> tuple[Problem, Fixed, Learned]:
         problem = problem._replace(change=run, learned=is_float)
     learned = [x for x in arrays if jnp.issubdtype(x.dtype, jnp.inexact)]
     others = [x for x in arrays if not jnp.issubdtype(x.dtype, jnp.inexact)]
-    return problem, Fixed(start, None, allow_arrays, others, None, None, scale), learned
+    return (
+        problem,
+        NonDiffArrays(start, None, allow_arrays, others, None, None, scale),
+        learned,
+    )
 
 
 def _allow(batch: Batch, rows: Row, mask_mod: Any, *at: jax.Array) -> jax.Array:
@@ -74,7 +82,7 @@ def _change(
     return apply_score(score_mod, scores, *at)
 
 
-def _plan(batch: Batch, rows: Row, problem: Problem) -> Plan:
+def _plan(batch: Batch, rows: Row, problem: TiledProblem) -> Plan:
     """The tiles whose rows and slots share a sequence."""
     i, j = (jnp.arange(n, dtype=jnp.int32) for n in problem.grid)
     first, key = problem.rows(i), problem.keys(j)
@@ -88,8 +96,8 @@ def _plan(batch: Batch, rows: Row, problem: Problem) -> Plan:
 
 
 def run(
-    problem: Problem,
-    fixed: Fixed,
+    problem: TiledProblem,
+    fixed: NonDiffArrays,
     batch: Batch,
     sinks: Float[Array, " H"] | None,
     learned: Learned,
@@ -105,10 +113,10 @@ def run(
     held = _held(batch)
     key, value = (_slots(batch, held, *x) for x in zip(pool[:2], pool[2:], strict=True))
     query = jnp.where(rows.real[:, None, None], batch.query, 0).swapaxes(0, 1)[None]
-    inputs = Inputs(query, key, value, None, sinks, learned)
+    inputs = DiffInputs(query, key, value, None, sinks, learned)
     fixed, inputs = same_manual_axes((fixed, inputs))
     out, lse = (x[0].swapaxes(0, 1) for x in blockwise._attend(problem, fixed, inputs))
-    # A row that nobody owns has a sink, too, until here.
+    # A row of no sequence has a sink, too, until here.
     return out, jnp.where(rows.real[:, None], lse, -jnp.inf), pool
 
 
@@ -129,6 +137,6 @@ def _slots(
     """The table's pages one after another, ``(1, K, B * M * P, D)``; 0 if not held."""
     where, N = batch.where, pages.shape[1]
     at = where.layer, jnp.clip(where.table, 0, N - 1).reshape(-1)
-    x = pages[at] if scales is None else dequantise(pages[at], scales[at])
+    x = pages[at] if scales is None else dequantize(pages[at], scales[at])
     x = x.swapaxes(0, 1).reshape(1, x.shape[1], -1, x.shape[3])
     return jnp.where(held[:, None], x, 0).astype(batch.query.dtype)

@@ -15,10 +15,10 @@ from jaxtyping import Array, Float
 
 from ..._core.types import position_indices
 from ...mods import apply_mask, apply_score
-from ...quant.rows import dequantise, quantise
-from ..softmax import Running, accumulator, finite, poison
+from ...quant.rows import dequantize, quantize
+from ..softmax import OnlineSoftmax, accumulator, finite, poison
 from ..tiles import if_any, lift, times_keys, times_values
-from .problem import Batch, Pool, Row, Rules, Where
+from .problem import Batch, Pool, Row, ScoreSettings, Where
 
 MAX_ROWS = 64  # query rows of one sequence that share a pass over its pages
 
@@ -40,7 +40,7 @@ def append(batch: Batch) -> Pool:
     if pool.key_scales is None:
         return Pool(put(pool.keys, key), put(pool.values, value))
     (key, key_scales), (value, value_scales) = (
-        quantise(x, pool.keys.dtype) for x in (key, value)
+        quantize(x, pool.keys.dtype) for x in (key, value)
     )
     return Pool(*map(put, pool, (key, value, key_scales, value_scales)))
 
@@ -56,23 +56,25 @@ Captured = tuple[list[jax.Array], list[jax.Array], jax.Array | None]
 """The arrays of the mask and of the score_mod, and the scale."""
 
 
-def prepare(batch: Batch, rules: Rules) -> tuple[Call, Captured]:
+def prepare(batch: Batch, settings: ScoreSettings) -> tuple[Call, Captured]:
     """The call, and the arrays that its mods carry or capture."""
     H, P = batch.query.shape[1], batch.pool.keys.shape[3]
     dtype = accumulator(batch.query.dtype)
-    scale = None if rules.scale is None else jnp.asarray(rules.scale).astype(dtype)
+    scale = (
+        None if settings.scale is None else jnp.asarray(settings.scale).astype(dtype)
+    )
     rows, allow, change = _rows_of_task(batch), None, None
     _, h_idx, q_idx, kv_idx = position_indices(
         1, H, jnp.zeros((1, rows), jnp.int32), jnp.zeros(P, jnp.int32)
     )
     at = jnp.zeros((1, 1, 1, 1), jnp.int32), h_idx, q_idx, kv_idx
     captured: Captured = ([], [], scale)
-    if rules.mask_mod is not None:
-        allow, arrays = lift(functools.partial(apply_mask, rules.mask_mod), *at)
+    if settings.mask_mod is not None:
+        allow, arrays = lift(functools.partial(apply_mask, settings.mask_mod), *at)
         captured[0].extend(arrays)
-    if rules.score_mod is not None:
+    if settings.score_mod is not None:
         scores = jnp.zeros((1, H, rows, P), dtype)
-        apply = functools.partial(apply_score, rules.score_mod)
+        apply = functools.partial(apply_score, settings.score_mod)
         change, arrays = lift(apply, scores, *at)
         captured[1].extend(arrays)
     return Call(allow, change), captured
@@ -142,7 +144,7 @@ class _Work(NamedTuple):
         k, v = cut(pool.keys), cut(pool.values)
         if pool.key_scales is not None and pool.value_scales is not None:
             k, v = (
-                dequantise(x, cut(scales))
+                dequantize(x, cut(scales))
                 for x, scales in ((k, pool.key_scales), (v, pool.value_scales))
             )
         return k.astype(dtype), v.astype(dtype)
@@ -194,6 +196,6 @@ def _task(work: _Work, number: jax.Array) -> tuple[jax.Array, jax.Array]:
 
     pages = jnp.where(exists, jnp.minimum(-(-work.lengths[b] // P), M), 0)
     zeros = jnp.zeros_like(q, dtype, shape=(1, H, work.rows))
-    state = Running.empty(zeros, E, work.sinks)
+    state = OnlineSoftmax.empty(zeros, E, work.sinks)
     out, lse = lax.fori_loop(0, pages, one_page, state).finish()
     return out[0].swapaxes(0, 1).astype(q.dtype), lse[0].swapaxes(0, 1)

@@ -1,4 +1,4 @@
-"""What a call of paged attention is about: the pool, the ragged batch, the rules."""
+"""The parts of a call of paged attention: the pool, the ragged batch, the settings."""
 
 from typing import Any, NamedTuple
 
@@ -57,7 +57,7 @@ class Batch(NamedTuple):
         return where.lengths + where.counts if self.new is not None else where.lengths
 
 
-class Rules(NamedTuple):
+class ScoreSettings(NamedTuple):
     """What happens to a score; an array scale is the first part of ``score_mod``."""
 
     mask_mod: Any
@@ -66,8 +66,8 @@ class Rules(NamedTuple):
     sinks: Float[Array, " H"] | None
 
     @classmethod
-    def create(cls, query, mask_mod, score_mod, scale, sinks) -> "Rules":
-        """The rules, with plain functions traced as they are now."""
+    def create(cls, query, mask_mod, score_mod, scale, sinks) -> "ScoreSettings":
+        """The settings, with plain functions traced as they are now."""
         R, H, D = query.shape
         shape, dtype = (1, H, R, 1), accumulator(query.dtype)
         mask_mod, score_mod = traced_mods(mask_mod, score_mod, shape, dtype)
@@ -85,7 +85,7 @@ def places(rows: int, lengths: jax.Array, row_offsets: jax.Array):
 
 
 class Row(NamedTuple):
-    """Where each row stands; one that is not ``real`` is written and read by nobody."""
+    """Where each row stands; one that is not ``real`` is neither written nor read."""
 
     sequence: Int[Array, " R"]
     position: Int[Array, " R"]

@@ -37,9 +37,9 @@ from ..attention import AbstractAttention, Rows
 from ..quantized_linear import Float8Linear
 from .heads import DATA, HEADS, head_layout, with_heads
 from .placement import cache_specs, place, shard_cache, weight_specs
-from .slice_linear import PassedOver
+from .slice_linear import MaskedInputs
 
-# Rules that ask only where query and key stand, so that they mean the same on a device
+# Mods that read only where query and key stand, so that they mean the same on a device
 # that holds some of the heads and sequences. Others are told whose they are.
 EVERYWHERE = Causal, SlidingWindow, Window, Chunked, SoftCap, Temperature
 
@@ -129,7 +129,7 @@ class DistributedAttention(nnx.Module):
             row_offsets=row_offsets,
             layer=jnp.asarray(layer, jnp.int32),
             positions=positions,
-            rules=(as_mod(mask_mod), as_mod(score_mod)),
+            mods=(as_mod(mask_mod), as_mod(score_mod)),
             first_sequence=self._first_sequences(x, cache),
             heads=None if layout is None else jnp.asarray(layout[0], jnp.int32),
         )
@@ -140,7 +140,7 @@ class DistributedAttention(nnx.Module):
             row_offsets=P(DATA),
             layer=P(),
             positions=P(DATA),
-            rules=P(),
+            mods=P(),
             first_sequence=P(DATA),
             heads=P(HEADS),
         )
@@ -181,14 +181,14 @@ class DistributedAttention(nnx.Module):
         return jnp.arange(replicas, dtype=jnp.int32) * (count // replicas)
 
 
-def _local(graph, state, *, x, cache, rules, first_sequence, heads, **options):
+def _local(graph, state, *, x, cache, mods, first_sequence, heads, **options):
     """What one device does."""
     layer = nnx.merge(graph, state)
-    mask_mod, score_mod = (_global(mod, first_sequence, heads) for mod in rules)
+    mask_mod, score_mod = (_global(mod, first_sequence, heads) for mod in mods)
     if cache is None:
         options.pop("layer")
     if heads is not None:
-        out = layer.out.inner if isinstance(layer.out, PassedOver) else layer.out
+        out = layer.out.inner if isinstance(layer.out, MaskedInputs) else layer.out
         if getattr(out, "bias", None) is not None:  # added once, by the first
             first = jax.lax.axis_index(HEADS) == 0
             out.bias[...] = jnp.where(first, out.bias[...], 0)
@@ -199,11 +199,11 @@ def _local(graph, state, *, x, cache, rules, first_sequence, heads, **options):
 
 
 def _global(mod: Any, first_sequence: Any, heads: Any) -> Any:
-    """The rule as it is for this device's heads and sequences."""
-    rule = mod.mask_mod if isinstance(mod, BlockMask) else mod
-    if mod is None or (isinstance(rule, EVERYWHERE) and _serves_all(mod)):
+    """The mod as it is for this device's heads and sequences."""
+    inner = mod.mask_mod if isinstance(mod, BlockMask) else mod
+    if mod is None or (isinstance(inner, EVERYWHERE) and _serves_all(mod)):
         return mod
-    return _Numbered(mod, first_sequence, heads)
+    return _GlobalIndexMod(mod, first_sequence, heads)
 
 
 def _serves_all(mod: Any) -> bool:
@@ -212,8 +212,8 @@ def _serves_all(mod: Any) -> bool:
 
 
 @pytree
-class _Numbered:
-    """A mask or score change that is told what heads and sequences are called outside."""
+class _GlobalIndexMod:
+    """A mod that is given the global indices of heads and sequences."""
 
     mod: Any
     first_sequence: Int[Array, "1"]
@@ -235,7 +235,7 @@ def split_batch(
     """A ragged batch shared out among replicas. Host side: sizes must be known.
 
     Args:
-        x: Rows of all sequences.
+        x: Packed (ragged) tokens of all sequences.
         row_offsets: Where each sequence's rows begin.
         splits: Sequences ``splits[i]`` to ``splits[i + 1] - 1`` go to replica ``i``. As
             many for each; a replica may have no rows.
@@ -260,11 +260,11 @@ def split_batch(
             "of equal number, from 0 to the last."
         )
     bounds = offsets[cuts]
-    room = max(1, int(np.diff(bounds).max()))
+    longest = max(1, int(np.diff(bounds).max()))
     rebased = [offsets[a : b + 1] - offsets[a] for a, b in itertools.pairwise(cuts)]
     row = np.arange(bounds[-1])
     replica = np.searchsorted(bounds[1:], row, side="right")
-    places = replica * room + row - bounds[replica]
-    out = jnp.zeros((room * len(counts), x.shape[1]), x.dtype)
+    places = replica * longest + row - bounds[replica]
+    out = jnp.zeros((longest * len(counts), x.shape[1]), x.dtype)
     out = out.at[places].set(x[: bounds[-1]])
     return out, jnp.asarray(np.concatenate(rebased), jnp.int32), places

@@ -1,4 +1,4 @@
-"""How heads and weights are shared out among devices.
+"""Head layout: how heads are shared out among devices.
 
 A head is never cut. `head_layout` says which heads each of ``n`` devices holds;
 `with_heads` gives a layer those heads in that order, with zero heads where a device has
@@ -15,7 +15,7 @@ from flax import nnx
 
 from ..._core.errors import check_groups
 from ..linear import SeparateQKV, StackedQKV
-from .slice_linear import Index, take, take_inputs, take_rows
+from .slice_linear import Index, slice_outputs, take, take_inputs
 
 DATA, HEADS = "data", "heads"
 """Axes of a mesh: replicas with sequences of their own, and devices that share heads."""
@@ -66,10 +66,10 @@ def head_layout(query_heads: int, kv_heads: int, devices: int) -> HeadLayout:
     else:
         for k, owners in enumerate(split_range(devices, kv_heads)):
             held += [[(k, part)] for part in split_range(group, len(owners))]
-    kv_room = max(map(len, held))
-    q_room = max(len(part) for device in held for _, part in device)
-    q = np.full((devices, kv_room, q_room), -1)
-    kv = np.full((devices, kv_room), -1)
+    kv_slots = max(map(len, held))
+    q_slots = max(len(part) for device in held for _, part in device)
+    q = np.full((devices, kv_slots, q_slots), -1)
+    kv = np.full((devices, kv_slots), -1)
     for device, mine in enumerate(held):
         for slot, (k, part) in enumerate(mine):
             kv[device, slot] = k
@@ -106,7 +106,7 @@ def _take_qkv(qkv: Any, q: Heads, k: Heads, v: Heads) -> Any:
     if isinstance(qkv, SeparateQKV):
         return SeparateQKV(
             *(
-                take_rows(p, rows)
+                slice_outputs(p, rows)
                 for p, rows in zip((qkv.q, qkv.k, qkv.v), (q, k, v), strict=True)
             )
         )
@@ -117,4 +117,4 @@ def _take_qkv(qkv: Any, q: Heads, k: Heads, v: Heads) -> Any:
     ]
     rows = np.concatenate(moved, axis=-1)
     sizes = q.shape[-1], k.shape[-1], v.shape[-1]
-    return StackedQKV(take_rows(qkv.qkv, rows), sizes)
+    return StackedQKV(slice_outputs(qkv.qkv, rows), sizes)

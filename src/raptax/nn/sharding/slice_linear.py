@@ -1,8 +1,8 @@
 """How each kind of projection is cut: which of its outputs or inputs, in which order.
 
-`take_rows` and `take_columns` are given places ``(parts, n)``: what is made can be cut
-into that many equal parts along the axis, with no block or word across two of them. -1
-stands for an output of zero, or for an input that is passed over. Nothing is rounded.
+`slice_outputs` and `slice_inputs` are given places ``(parts, n)``: what is made can be
+cut into that many equal parts along the axis, with no block or word across two of them.
+-1 stands for an output of zero, or for an input that is masked. Nothing is rounded.
 """
 
 import dataclasses
@@ -23,21 +23,24 @@ Index = np.ndarray
 
 
 @functools.singledispatch
-def take_rows(projection: Any, rows: Index) -> Any:
+def slice_outputs(projection: Any, rows: Index) -> Any:
     """The projection with these outputs ``(parts, n)``; see the module.
 
     A new kind of projection registers what that means for it.
     """
     raise ValueError(
-        f"raptax does not know how to take rows of a {type(projection).__name__}; "
-        "register it with raptax.nn.sharding.slice_linear.take_rows and take_columns."
+        "raptax does not know how to slice the outputs of a "
+        f"{type(projection).__name__}; register it with "
+        "raptax.nn.sharding.slice_linear.slice_outputs and slice_inputs."
     )
 
 
 @functools.singledispatch
-def take_columns(projection: Any, columns: Index) -> Any:
+def slice_inputs(projection: Any, columns: Index) -> Any:
     """The projection for these inputs ``(parts, n)``; see the module."""
-    return take_rows(projection, columns)  # which raises, unless it is registered alone
+    return slice_outputs(
+        projection, columns
+    )  # which raises, unless it is registered alone
 
 
 def take(x: Any, index: Index, axis: int) -> Any:
@@ -81,7 +84,7 @@ def _whole_bias(projection: Any) -> Any:
     return None if projection.bias is None else projection.bias[...]
 
 
-class PassedOver(nnx.Module):
+class MaskedInputs(nnx.Module):
     """A projection that takes some of its inputs for zeros, whatever they are.
 
     A query head that is not there still sees the keys of its kv head. What it makes must
@@ -109,32 +112,32 @@ class PassedOver(nnx.Module):
 
 
 def take_inputs(projection: Any, columns: Index) -> Any:
-    """`take_columns`, and inputs of -1 passed over."""
-    if isinstance(projection, PassedOver):
+    """`slice_inputs`, and inputs of -1 masked."""
+    if isinstance(projection, MaskedInputs):
         projection = projection.inner
-    taken = take_columns(projection, columns)
+    taken = slice_inputs(projection, columns)
     real = columns.reshape(-1) >= 0
-    return taken if real.all() else PassedOver(taken, real)
+    return taken if real.all() else MaskedInputs(taken, real)
 
 
-@take_rows.register
+@slice_outputs.register
 def _(projection: Linear, rows: np.ndarray) -> Linear:
     return Linear.from_weight(take(projection.weight, rows, 0), _bias(projection, rows))
 
 
-@take_columns.register
+@slice_inputs.register
 def _(projection: Linear, columns: np.ndarray) -> Linear:
     weight = take(projection.weight, columns, 1)
     return Linear.from_weight(weight, _whole_bias(projection))
 
 
-@take_rows.register
+@slice_outputs.register
 def _(projection: GGUFLinear, rows: np.ndarray) -> GGUFLinear:
     blocks = take(projection.blocks, rows, 0)  # a block of zero bytes is zeros
     return GGUFLinear(blocks, projection.encoding, _bias(projection, rows))
 
 
-@take_columns.register
+@slice_inputs.register
 def _(projection: GGUFLinear, columns: np.ndarray) -> Any:
     values, bias = projection.encoding.values, _whole_bias(projection)
     if run_length(columns, values) == values:
@@ -142,16 +145,16 @@ def _(projection: GGUFLinear, columns: np.ndarray) -> Any:
         return GGUFLinear(blocks, projection.encoding, bias)
     # A head ends inside a block: taken apart, the numbers are the same to the bit.
     codes = gguf.unpack(projection.blocks[...], projection.encoding)
-    return take_columns(CodesLinear(codes, bias), columns)
+    return slice_inputs(CodesLinear(codes, bias), columns)
 
 
-@take_rows.register
+@slice_outputs.register
 def _(projection: CodesLinear, rows: np.ndarray) -> CodesLinear:
     codes = jax.tree.map(lambda leaf: take(leaf, rows, 0), projection.codes)
     return CodesLinear(codes, _bias(projection, rows))
 
 
-@take_columns.register
+@slice_inputs.register
 def _(projection: CodesLinear, columns: np.ndarray) -> CodesLinear:
     old = projection.codes
     group = run_length(columns, old.group)
@@ -167,7 +170,7 @@ def _(projection: CodesLinear, columns: np.ndarray) -> CodesLinear:
     return CodesLinear(codes, _whole_bias(projection))
 
 
-@take_rows.register
+@slice_outputs.register
 def _(projection: GPTQLinear, rows: np.ndarray) -> GPTQLinear:
     config, scales = projection.config, projection.scales
     _check_words("outputs", rows, config.bits)
@@ -183,7 +186,7 @@ def _(projection: GPTQLinear, rows: np.ndarray) -> GPTQLinear:
     return new
 
 
-@take_columns.register
+@slice_inputs.register
 def _(projection: GPTQLinear, columns: np.ndarray) -> GPTQLinear:
     config, C = projection.config, projection.in_features
     _check_words("inputs", columns, config.bits)
@@ -211,7 +214,7 @@ def _check_words(name: str, index: Index, bits: int) -> None:
         )
 
 
-@take_rows.register
+@slice_outputs.register
 def _(projection: Float8Linear, rows: np.ndarray) -> Float8Linear:
     config, scale = projection.config, projection.weight_scale[...]
     spec = config.weight_scale
@@ -231,7 +234,7 @@ def _(projection: Float8Linear, rows: np.ndarray) -> Float8Linear:
     )
 
 
-@take_columns.register
+@slice_inputs.register
 def _(projection: Float8Linear, columns: np.ndarray) -> Float8Linear:
     config = projection.config
     weight, scale = projection.weight[...], projection.weight_scale[...]

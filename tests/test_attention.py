@@ -1,4 +1,4 @@
-"""`attention`, `explain` and the checks at the door."""
+"""`attention`, `explain` and their checks of arguments."""
 
 import inspect
 
@@ -198,7 +198,7 @@ def test_importable_names_are_documented():
             assert thing.__doc__, name
 
 
-def test_jit_and_vmap_over_the_door():
+def test_jit_and_vmap_over_attention():
     q, k, v = qkv()
     expected = attention(q, k, v, mask_mod=Causal())
     jitted = jax.jit(lambda q, k, v, m: attention(q, k, v, mask_mod=m))
