@@ -1,5 +1,6 @@
 """The whole package: imports go down, sizes stay small, importing touches nothing."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from raptax import info
 from raptax.kernels.cpu import library as native
 
 ROOT = Path(__file__).parents[1]
+PYTHON = "src", "tests", "tools", "benchmarks"
 
 IMPORT_EVERYTHING = """
 import importlib, pkgutil, raptax
@@ -68,6 +70,20 @@ def test_a_module_without_a_level_is_named(tmp_path):
     (tmp_path / "attic.py").touch()
     result = tool("check_layers.py", tmp_path)
     assert (result.returncode, "attic is on no level" in result.stdout) == (1, True)
+
+
+@pytest.mark.parametrize("name", ["architecture", "glossary", "max"])
+def test_documents_name_files_that_are_there(name):
+    text = (ROOT / "docs" / f"{name}.md").read_text()
+    files = [p.as_posix() for top in PYTHON for p in (ROOT / top).rglob("*.py")]
+    for path in re.findall(r"[\w/]+\.py\b", text):
+        assert any(file.endswith(f"/{path}") for file in files), path
+
+
+def test_the_architecture_names_every_module():
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    for path in (ROOT / "src" / "raptax").rglob("*.py"):
+        assert path.name == "__init__.py" or re.search(rf"\b{path.name}\b", text), path
 
 
 def test_sizes_are_within_budget():
