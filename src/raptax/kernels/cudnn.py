@@ -8,6 +8,7 @@ from jaxtyping import Array, Bool, Float, Int
 from .._core.errors import Unsupported, check_qkv
 from .._core.types import Attended, DropoutKey, MaskMod, ScoreMod
 from ..mods import Causal, SlidingWindow, as_mod
+from ..mods.functions import TracedFunction, has_functions
 from .softmax import accumulator, finite, poison
 
 
@@ -30,7 +31,8 @@ def jax_nn_unsupported_reason(
         return "it knows no dropout"
     mask_mod = problem.get("mask_mod")
     if mask_mod is not None and not isinstance(mask_mod, Causal | SlidingWindow):
-        name = type(as_mod(mask_mod)).__name__
+        plain = has_functions(as_mod(mask_mod)) or isinstance(mask_mod, TracedFunction)
+        name = "a function" if plain else type(mask_mod).__name__
         return f"of masks it knows Causal and SlidingWindow, not {name}"
     if mask_mod is not None and query.shape[2] != key.shape[2]:
         return "it lets the first query see the first key when lengths differ"
