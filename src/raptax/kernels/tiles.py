@@ -62,12 +62,16 @@ def lift(
     bits may be `widened`: the values are the same, and its gradient is summed up wide.
     """
     closed = jax.make_jaxpr(function)(*args)
-    jaxpr = closed.jaxpr  # without the arrays, which may be tracers
+    arrays = [jnp.asarray(x) for x in closed.consts]
+    # Traced again with the arrays as arguments: they may be tracers, and the function
+    # that is returned outlives these.
+    call = lambda arrays, *args: jax.core.eval_jaxpr(closed.jaxpr, arrays, *args)
+    jaxpr = jax.make_jaxpr(call)(arrays, *args).jaxpr
 
     def run(arrays: list[jax.Array], *args: Any) -> jax.Array:
-        return eval_wide(jaxpr, arrays, args)[0]
+        return eval_wide(jaxpr, [*arrays, *args])[0]
 
-    return run, [jnp.asarray(x) for x in closed.consts]
+    return run, arrays
 
 
 class DiffInputs(NamedTuple):

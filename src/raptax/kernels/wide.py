@@ -34,19 +34,17 @@ def widened(x: jax.Array) -> jax.Array:
     return x.astype(jnp.float32) if is_narrow(x.dtype) else x
 
 
-def eval_wide(
-    jaxpr: core.Jaxpr, consts: Sequence[Any], args: Sequence[Any]
-) -> list[Any]:
-    """What ``jaxpr`` returns for constants of which some are `widened`.
+def eval_wide(jaxpr: core.Jaxpr, args: Sequence[Any]) -> list[Any]:
+    """What ``jaxpr``, without constants, returns for arguments that may be `widened`.
 
     The same values that it returns for those as they were, but for subnormal ones, in
     the dtypes that it says. Where a value is wide and an operation has no wide form
     here, it is narrowed for that operation.
     """
-    avals: list[Any] = [v.aval for v in jaxpr.constvars]
-    if all(x.dtype == aval.dtype for x, aval in zip(consts, avals, strict=True)):
-        return list(jax.core.eval_jaxpr(jaxpr, consts, *args))
-    outs = _eval(jaxpr, [*consts, *args])
+    avals: list[Any] = [v.aval for v in jaxpr.invars]
+    if all(x.dtype == aval.dtype for x, aval in zip(args, avals, strict=True)):
+        return list(jax.core.eval_jaxpr(jaxpr, (), *args))
+    outs = _eval(jaxpr, args)
     return [_narrowed(x, v.aval) for x, v in zip(outs, jaxpr.outvars, strict=True)]
 
 
