@@ -27,9 +27,9 @@ def per_platform(cpu: Form, otherwise: Form, *args: Any, folds: Any = None) -> A
 
     Args:
         folds: For each array of ``args``, whether it has a leading axis of sequences, of
-            length B or 1, and None if it does not matter. Every result must have that
-            axis, and ``cpu`` treat sequences alike. Then vmap over such arrays alone
-            makes more sequences of them, where it would run ``cpu`` again and again.
+            length B or 1. Every result must have that axis, and ``cpu`` treat sequences
+            alike. Then vmap over such arrays alone makes more sequences of them. None,
+            and vmap over any other array, run ``cpu`` for one element after another.
     """
     flat, tree = jax.tree.flatten(args)
     out_tree = jax.tree.structure(jax.eval_shape(cpu, *args))
