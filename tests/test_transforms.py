@@ -23,6 +23,7 @@ from raptax import (
     RelativeBias,
     SlidingWindow,
     SoftCap,
+    Unsupported,
     alibi_slopes,
     attention,
 )
@@ -207,11 +208,15 @@ ALONE = dict(
 
 
 def close(case, actual, expected):
-    """Within rounding, relative to each array's largest entry."""
-    tolerance = 2e-5 if case.dtype == "float32" else 3e-2
+    """Within rounding, relative to each array's largest entry.
+
+    A scalar's derivative is a sum over all scores, most of which cancels: in bfloat16
+    what remains has the rounding errors of all of them.
+    """
     for a, e in zip(*map(jax.tree.leaves, (actual, expected)), strict=True):
         assert (a.shape, a.dtype) == (e.shape, e.dtype)
         a, e = (np.asarray(x, np.float64) for x in (a, e))
+        tolerance = 2e-5 if case.dtype == "float32" else 3e-2 if e.shape else 0.2
         np.testing.assert_allclose(a, e, rtol=0, atol=tolerance * abs(e).max() + 1e-6)
 
 
@@ -350,7 +355,12 @@ def test_exported(name, case, unchecked):
             lambda x, n: jax.ShapeDtypeStruct(n, x.dtype), arrays, shapes
         )
     program = jax.jit(lambda *x: reverse(case, x))
-    exported = jax.export.export(program, disabled_checks=CALLS)(*given)
+    export = jax.export.export(program, disabled_checks=CALLS)
+    if (name, case.kernel) == ("symbolic", "native") and case.axes[-1]:
+        with pytest.raises(Unsupported, match="array of symbolic shape"):
+            export(*given)
+        return
+    exported = export(*given)
     if name == "fixed":
         exported = jax.export.deserialize(exported.serialize())
     close(case, exported.call(*arrays), expected(case, reverse, arrays))

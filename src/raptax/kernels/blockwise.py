@@ -406,7 +406,7 @@ def add_to_bias(
     """Adds a tile's gradient to that of a bias, summed over axes that serve all."""
     broadcast = tuple(axis for axis in range(4) if d_bias.shape[axis] == 1)
     part = problem.of_tile(d_bias, i, j) + d_base.sum(broadcast, keepdims=True)
-    t = problem.rows(i) if d_bias.shape[2] > 1 else 0
-    s = problem.keys(j) if d_bias.shape[3] > 1 else 0
+    t = problem.rows(i) if d_bias.shape[2] != 1 else 0
+    s = problem.keys(j) if d_bias.shape[3] != 1 else 0
     start = tuple(jnp.asarray(n, jnp.int32) for n in (0, 0, t, s))
     return lax.dynamic_update_slice(d_bias, part, start)

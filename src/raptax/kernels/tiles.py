@@ -168,9 +168,9 @@ class TiledProblem(NamedTuple):
 
     def of_tile(self, x: jax.Array, i: jax.Array, j: jax.Array) -> jax.Array:
         """What tile ``(i, j)`` sees of an array that broadcasts to the scores."""
-        if x.shape[2] > 1:
+        if x.shape[2] != 1:
             x = cut(x, self.rows(i), self.tile.queries)
-        return cut(x, self.keys(j), self.tile.keys, axis=3) if x.shape[3] > 1 else x
+        return cut(x, self.keys(j), self.tile.keys, axis=3) if x.shape[3] != 1 else x
 
     def allowed(
         self, fixed: NonDiffArrays, i: jax.Array, j: jax.Array

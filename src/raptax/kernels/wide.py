@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
 
+from .._core.manual_axes import bind
+
 # Operations that move values about. A conversion before one or after it is the same.
 MOVES = {"gather", "slice", "dynamic_slice", "concatenate", "pad", "rev", "select_n"}
 MOVES |= {"broadcast_in_dim", "reshape", "squeeze", "transpose", "expand_dims", "copy"}
@@ -69,23 +71,18 @@ def _step(eqn: Any, ins: list[Any]) -> list[Any]:
     """The results of one operation, wide if an operand is and there is a form for it."""
     avals, name = [atom.aval for atom in eqn.invars], eqn.primitive.name
     if all(x.dtype == aval.dtype for x, aval in zip(ins, avals, strict=True)):
-        return _bind(eqn, ins)
+        return bind(eqn, ins)
     inner = eqn.params.get("jaxpr")
     if name in ("jit", "pjit") and inner is not None:
         return _eval(inner.jaxpr, [*inner.consts, *ins])
     if name == "convert_element_type":
         return [_converted(eqn, *ins)]
     if name in MOVES | ARITHMETIC:
-        outs = _bind(eqn, [widened(x) for x in ins])
+        outs = bind(eqn, [widened(x) for x in ins])
         if name in MOVES:
             return outs
         return [_rounded(x, v.aval) for x, v in zip(outs, eqn.outvars, strict=True)]
-    return _bind(eqn, [_narrowed(x, v) for x, v in zip(ins, avals, strict=True)])
-
-
-def _bind(eqn: Any, ins: Sequence[Any]) -> list[Any]:
-    outs = eqn.primitive.bind(*ins, **eqn.params)
-    return list(outs) if eqn.primitive.multiple_results else [outs]
+    return bind(eqn, [_narrowed(x, v) for x, v in zip(ins, avals, strict=True)])
 
 
 def _narrowed(x: Any, aval: Any) -> Any:

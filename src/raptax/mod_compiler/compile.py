@@ -310,6 +310,8 @@ class JaxprLowering:
         if dims.operand_batching_dims or index.axes[-1]:
             raise NotLowerable("uses a batched gather, which a mod program cannot say")
         shape = np.shape(array.value)
+        if not all(isinstance(n, int) for n in shape):
+            raise NotLowerable(f"indexes an array of symbolic shape {shape}")
         inner = [d for d in range(len(shape)) if d not in dims.collapsed_slice_dims]
         extra = tuple(sizes[d] for d in inner)
         if math.prod(extra) > MOST_ENTRIES or math.prod(shape) > 2**31 - 1:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from .._core.manual_axes import same_manual_axes
+from .._core.manual_axes import VARY, bind, same_manual_axes
 from .ir import ANY, YES_OR_NO, Range
 from .lowering import ELEMENTWISE, NotLowerable, small
 
@@ -67,18 +67,16 @@ def merged(eqn: Any, formulas: list[SymbolicArray], ndim: int) -> tuple[str, ...
     return tuple(axes)
 
 
-VARY = ("pvary", "pcast")  # in a shard_map: the same numbers, of another type
-
-
 def outside(eqn: Any, ins: list[Constant]) -> list[Constant]:
     """An operation on arrays alone, done at once and not by the program."""
     name, avals = eqn.primitive.name, [v.aval for v in eqn.outvars]
     if name in VARY:
         return ins
-    if all(x.written for x in ins):
+    written = all(x.written for x in ins) and name != "dim_as_value"
+    if written:
         values = _written(eqn, [x.value for x in ins])
     else:
-        values = _bind(eqn, [x.value for x in ins])
+        values = bind(eqn, same_manual_axes([jnp.asarray(x.value) for x in ins]))
     spread = [tuple(n == 1 for n in aval.shape) for aval in avals]
     if name == "broadcast_in_dim":
         same = [True] * len(avals[0].shape)
@@ -90,7 +88,6 @@ def outside(eqn: Any, ins: list[Constant]) -> list[Constant]:
         spread = [tuple(map(all, zip(*arrays, strict=True)))]
     shapes = ("shape", "sharding")
     params = str([(k, v) for k, v in sorted(eqn.params.items()) if k not in shapes])
-    written = all(x.written for x in ins)
     return [
         Constant(x, same, written, ((name, params, n), *ins))
         for n, (x, same) in enumerate(zip(values, spread, strict=True))
@@ -104,16 +101,11 @@ def _written(eqn: Any, values: list[Any]) -> list[Any]:
         return [np.asarray(values[0]).astype(aval.dtype)]
     if name == "broadcast_in_dim" and values[0].ndim == 0:
         return [np.broadcast_to(values[0], aval.shape)]
-    with jax.ensure_compile_time_eval():
-        outs = _bind(eqn, values)
+    nowhere = jax.sharding.AbstractMesh((), ())  # as programs of a shard_map only trace
+    with jax.ensure_compile_time_eval(), jax.sharding.use_abstract_mesh(nowhere):
+        outs = bind(eqn, [jnp.asarray(x) for x in values])
     keys = any(jnp.issubdtype(x.dtype, jax.dtypes.extended) for x in outs)
     return outs if keys else [np.asarray(x) for x in outs]
-
-
-def _bind(eqn: Any, values: list[Any]) -> list[Any]:
-    values = [jnp.asarray(v) if isinstance(v, np.ndarray) else v for v in values]
-    outs = eqn.primitive.bind(*same_manual_axes(values), **eqn.params)
-    return list(outs) if eqn.primitive.multiple_results else [outs]
 
 
 # ------------------------------------------------------------------------------- arrays

@@ -217,4 +217,4 @@ def entries(array: jax.Array, *indices: jax.Array) -> jax.Array:
     if array.size == 0:
         return jnp.zeros((), array.dtype)
     at = zip(indices, array.shape, strict=True)
-    return array[tuple(jnp.clip(i, 0, n - 1) if n > 1 else 0 for i, n in at)]
+    return array[tuple(0 if n == 1 else jnp.clip(i, 0, n - 1) for i, n in at)]

@@ -18,6 +18,7 @@ import numpy as np
 from jax.extend import core
 from jaxtyping import Array
 
+from .._core.manual_axes import eval_jaxpr, same_manual_axes
 from .._core.pytree import is_value, pytree, static
 from .combine import FunctionMod, Mask
 
@@ -41,12 +42,13 @@ class TracedFunction(Mask):
                 where constants are made from the number of positions.
         """
         function, consts = self.program.source()
+        given, args = same_manual_axes((self.arrays, args))
         closed, shape = _trace(function, *args)
         arrays = [
-            _matching(const, n, consts, self.arrays, function)
+            _matching(const, n, consts, given, function)
             for n, const in enumerate(closed.consts)
         ]
-        outs = map(jnp.asarray, jax.core.eval_jaxpr(closed.jaxpr, arrays, *args))
+        outs = map(jnp.asarray, eval_jaxpr(closed.jaxpr, arrays, args))
         return jax.tree.unflatten(jax.tree.structure(shape), outs)
 
 
