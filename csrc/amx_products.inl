@@ -1,5 +1,5 @@
-// Products of tiles, handed out in small steps so that they can run beside other work:
-// the tile unit computes while the vector units do something else. Numbers have kParts
+// AMX tile products, queued and issued in small steps between vector instructions, so
+// that the tile unit and the vector units work at the same time. Elements have kParts
 // parts: see amx_pack.inl.
 
 #pragma once
@@ -41,12 +41,12 @@ struct TileProduct {
   bool add;
 };
 
-// Products in the order they were pushed. One step of a product, that is 32 numbers of a
-// row times 32 of a column, is kPhases turns: so little is begun at once that the vector
-// work between two turns need not wait for the first to end.
+// A FIFO of tile products. One step of a product (32 elements of a row times 32 of a
+// column) takes kPhases calls of issue(): each starts so few tile instructions that the
+// vector instructions between two calls do not wait for them.
 //
-// Sums stay in their registers until the next product needs these: a store waits for the
-// last product of tiles, and the tile unit would wait with it.
+// Sums stay in the tile registers until the next product needs these: a store waits for
+// the last tile product, and would stall the tile unit.
 template <int kParts>
 class TileQueue {
  public:
@@ -54,14 +54,14 @@ class TileQueue {
 
   explicit TileQueue(TileProduct* products) : products_(products) {}
 
-  void clear() { size_ = at_ = step_ = phase_ = 0, turns_ = 0; }
+  void clear() { size_ = at_ = step_ = phase_ = 0, phases_ = 0; }
   void push(const TileProduct& product) {
     products_[size_++] = product;
-    turns_ += product.steps * kPhases;
+    phases_ += product.steps * kPhases;
   }
-  int64_t turns() const { return turns_; }  // of all that was pushed
+  int64_t phases() const { return phases_; }  // of all products pushed
 
-  void turn() {
+  void issue() {
     if (at_ == size_) return;
     const TileProduct& p = products_[at_];
     int64_t offset = step_ * kParts * kTileBytes;
@@ -81,7 +81,7 @@ class TileQueue {
     sums_ = {reinterpret_cast<char*>(p.c), p.c_stride};
   }
   void finish() {
-    while (at_ < size_) turn();
+    while (at_ < size_) issue();
     store<0>();
     store<1>();
     store<2>();
@@ -99,7 +99,7 @@ class TileQueue {
     char* tile(int n) const { return c + n / 2 * 16 * stride + n % 2 * 64; }
   };
 
-  // The intrinsics take the numbers of registers as they are written.
+  // Tile intrinsics need literal register numbers.
   template <int n>
   void store() const {
     if (sums_.c == nullptr) return;
@@ -123,7 +123,7 @@ class TileQueue {
     if (n == 3) _tile_zero(3);
   }
 
-  // Tile n of the sums goes over from the product before to this one.
+  // Stores tile n of the previous product and loads or clears it for this one.
   template <int n, bool kFirst>
   void begin(const TileProduct& p) const {
     if (!kFirst) return;
@@ -155,8 +155,8 @@ class TileQueue {
     }
   }
 
-  // Six of the nine products of parts, the small ones first; what the others add is less
-  // than what is lost when sums are rounded to float32.
+  // Six of the nine products of parts, the small ones first; the other three together
+  // are below the rounding error of the float32 sums.
   template <bool kFirst>
   void multiply_parts(const TileProduct& p, const char* a, const char* b) {
     switch (phase_) {
@@ -193,19 +193,19 @@ class TileQueue {
   }
 
   TileProduct* products_;
-  int64_t size_ = 0, at_ = 0, step_ = 0, phase_ = 0, turns_ = 0;
-  Sums sums_{nullptr, 0};  // what the registers hold that memory does not
+  int64_t size_ = 0, at_ = 0, step_ = 0, phase_ = 0, phases_ = 0;
+  Sums sums_{nullptr, 0};  // results still in the tile registers
 };
 
-// Spreads the turns of a queue evenly over other work, in so many portions.
+// Interleaves a queue with other work: spreads its phases evenly over `ticks` calls.
 template <int kParts>
-class Beside {
+class Interleaver {
  public:
-  Beside(TileQueue<kParts>* queue, int64_t portions)
-      : queue_(queue), rate_((queue->turns() << kBits) / most(portions, 1)) {}
+  Interleaver(TileQueue<kParts>* queue, int64_t ticks)
+      : queue_(queue), rate_((queue->phases() << kBits) / max(ticks, 1)) {}
 
-  void portion() {
-    for (due_ += rate_; due_ >= kOne; due_ -= kOne) queue_->turn();
+  void tick() {
+    for (due_ += rate_; due_ >= kOne; due_ -= kOne) queue_->issue();
   }
 
  private:

@@ -1,9 +1,10 @@
-// The softmax of softmax.inl with weights as left operands of tile products.
+// The online softmax of softmax.inl, with weights stored as left operands of tile
+// products.
 //
-// Weights in bfloat16 are made a little too large and then cut off instead of rounded, so
-// that on average nothing is lost. The sum of the weights is also the guard: as long as it
-// is not too large no score was far above the maximum so far, and nobody looks for the new
-// one.
+// bfloat16 weights are truncated instead of rounded, after multiplication by kRaised,
+// which makes the mean error 0. The sum of the weights guards the lazy maximum: while
+// it is below kSumLimit no score exceeded the running maximum by much, and the scan for
+// the new maximum is skipped.
 
 #pragma once
 
@@ -14,12 +15,12 @@ namespace raptax {
 namespace RAPTAX_ISA {
 
 constexpr float kRaised = 1.002818f;  // 1 + 2^-8 * mean of 1 / m for log-uniform m
-constexpr float kMuch = 4096;
+constexpr float kSumLimit = 4096;
 
 // kRaised * 2^x to within 7.5e-5, for bfloat16. x is any number, or -Inf.
 static inline F32 exp2_raised(F32 x) {
   F32 f = (F32)_mm512_reduce_ps((__m512)x, 1);
-  F32 y = all(0.0780245215f * kRaised) * f + 0.226067156f * kRaised;
+  F32 y = broadcast(0.0780245215f * kRaised) * f + 0.226067156f * kRaised;
   y = y * f + 0.695833564f * kRaised;
   y = y * f + 0.999925196f * kRaised;
   return (F32)_mm512_scalef_ps((__m512)y, (__m512)x);
@@ -27,7 +28,7 @@ static inline F32 exp2_raised(F32 x) {
 
 template <int kParts>
 static inline F32 weight_of(F32 x) {
-  return kParts == 1 ? exp2_raised(x) : exp2_of(x);
+  return kParts == 1 ? exp2_raised(x) : exp2_fast(x);
 }
 
 // Columns j .. j + 31 of a row of weights.
@@ -39,90 +40,90 @@ static inline void store_weights(Bf16* row, int64_t j, F32 first, F32 second) {
   } else {
     split(first, second, parts);
   }
-  Bf16* to = row + j / kStep * kParts * kTileNumbers;
+  Bf16* to = row + j / kTileDepth * kParts * kTileNumbers;
   for (int p = 0; p < kParts; ++p) memcpy(to + p * kTileNumbers, parts + p, 64);
 }
 
-// Weighs scores[whole] by a maximum that is known; unless `kCut`, all of them are seen.
-// Returns false, and leaves the sum alone, if some score is far above it.
-template <int kParts, bool kChanged, bool kCut>
-static inline bool weigh_known(const float* scores, Bf16* weights, Columns seen,
-                               Columns whole, Exponents to, Running row,
-                               Beside<kParts>* beside) {
-  F32 first = F32{}, second = F32{}, nothing = all(-kInf);
-  F32 unit = all(to.scale * kLog2OfE), high = all(to.high_of(*row.high));
-  for (int64_t j = whole.first; j < whole.last; j += kStep) {
-    F32 x = exponent<kChanged>(load(scores + j), unit, high);
-    F32 y = exponent<kChanged>(load(scores + j + kLanes), unit, high);
+// Weights of scores[whole] under the running maximum; without `kCut` all are visible.
+// Returns false, and leaves the sum unchanged, if a score exceeds it by far.
+template <int kParts, bool kModified, bool kCut>
+static inline bool softmax_step_known_max(const float* scores, Bf16* weights, Columns visible,
+                               Columns whole, Exponents to, RowState row,
+                               Interleaver<kParts>* interleaver) {
+  F32 first = F32{}, second = F32{}, nothing = broadcast(-kInf);
+  F32 unit = broadcast(to.scale * kLog2OfE), row_max = broadcast(to.exponent_of(*row.row_max));
+  for (int64_t j = whole.first; j < whole.last; j += kTileDepth) {
+    F32 x = exponent<kModified>(load(scores + j), unit, row_max);
+    F32 y = exponent<kModified>(load(scores + j + kLanes), unit, row_max);
     if (kCut) {
-      x = between(seen.first - j, seen.last - j, x, nothing);
-      y = between(seen.first - j - kLanes, seen.last - j - kLanes, y, nothing);
+      x = select_lanes(visible.first - j, visible.last - j, x, nothing);
+      y = select_lanes(visible.first - j - kLanes, visible.last - j - kLanes, y, nothing);
     }
     x = weight_of<kParts>(x);
     y = weight_of<kParts>(y);
     first += x;
     second += y;
     store_weights<kParts>(weights, j, x, y);
-    beside->portion();
+    interleaver->tick();
   }
   first += second;
-  __mmask16 much = _mm512_cmp_ps_mask((__m512)first, _mm512_set1_ps(kMuch), _CMP_GT_OQ);
-  if (much != 0) return false;
-  store(row.total, load(row.total) + first);
+  __mmask16 over = _mm512_cmp_ps_mask((__m512)first, _mm512_set1_ps(kSumLimit), _CMP_GT_OQ);
+  if (over != 0) return false;
+  store(row.row_sum, load(row.row_sum) + first);
   return true;
 }
 
-// As weigh() of softmax.inl: looks for the maximum first.
-template <int kParts, bool kChanged, bool kCut>
-static inline float weigh_some_by(const float* scores, Bf16* weights, Columns seen,
-                                  Columns whole, Exponents to, Running row,
-                                  Beside<kParts>* beside) {
-  float shrink = follow<kCut>(scores, seen, whole, to, *row.high);
-  F32 unit = all(to.scale * kLog2OfE), high = all(to.high_of(*row.high));
-  F32 sum = load(row.total) * shrink, nothing = all(-kInf);
-  bool none = *row.high == -kInf;
-  for (int64_t j = whole.first; j < whole.last; j += kStep) {
+// As softmax_step() of softmax.inl: determines the maximum first.
+template <int kParts, bool kModified, bool kCut>
+static inline float softmax_step_new_max(const float* scores, Bf16* weights, Columns visible,
+                                  Columns whole, Exponents to, RowState row,
+                                  Interleaver<kParts>* interleaver) {
+  float rescale = update_max<kCut>(scores, visible, whole, to, *row.row_max);
+  F32 unit = broadcast(to.scale * kLog2OfE), row_max = broadcast(to.exponent_of(*row.row_max));
+  F32 sum = load(row.row_sum) * rescale, nothing = broadcast(-kInf);
+  bool none = *row.row_max == -kInf;
+  for (int64_t j = whole.first; j < whole.last; j += kTileDepth) {
     F32 x[2];
     for (int i = 0; i < 2; ++i) {
       int64_t at = j + i * kLanes;
-      x[i] = exponent<kChanged>(load(scores + at), unit, high);
-      if (kCut) x[i] = between(seen.first - at, seen.last - at, x[i], nothing);
+      x[i] = exponent<kModified>(load(scores + at), unit, row_max);
+      if (kCut) x[i] = select_lanes(visible.first - at, visible.last - at, x[i], nothing);
       x[i] = none ? F32{} : weight_of<kParts>(x[i]);
       sum += x[i];
     }
     store_weights<kParts>(weights, j, x[0], x[1]);
-    beside->portion();
+    interleaver->tick();
   }
-  store(row.total, sum);
-  return shrink;
+  store(row.row_sum, sum);
+  return rescale;
 }
 
-// One row: from scores to weights. Returns what the output so far has to be multiplied
-// with. A row that `climbs`, as under ALiBi, had to follow the last time; trying it by the
-// maximum so far would be for nothing.
-template <int kParts, bool kChanged, bool kCut>
-RAPTAX_INLINE float weigh_tiles_by(const float* scores, Bf16* weights, Columns seen,
-                                   Columns whole, Exponents to, Running row, bool* climbs,
-                                   Beside<kParts>* beside) {
-  if (!*climbs && *row.high > -kInf &&
-      weigh_known<kParts, kChanged, kCut>(scores, weights, seen, whole, to, row, beside)) {
+// One row: scores to weights. Returns the factor that rescales the output so far. Where
+// the maximum was updated in the previous block, as under ALiBi, `max_increased` skips
+// the attempt with the running maximum.
+template <int kParts, bool kModified, bool kCut>
+RAPTAX_INLINE float softmax_step_tiles_as(const float* scores, Bf16* weights, Columns visible,
+                                   Columns whole, Exponents to, RowState row, bool* max_increased,
+                                   Interleaver<kParts>* interleaver) {
+  if (!*max_increased && *row.row_max > -kInf &&
+      softmax_step_known_max<kParts, kModified, kCut>(scores, weights, visible, whole, to, row, interleaver)) {
     return 1;
   }
-  float by = weigh_some_by<kParts, kChanged, kCut>(scores, weights, seen, whole, to, row, beside);
-  *climbs = by != 1;
+  float by = softmax_step_new_max<kParts, kModified, kCut>(scores, weights, visible, whole, to, row, interleaver);
+  *max_increased = by != 1;
   return by;
 }
 
 template <int kParts>
-static inline float weigh_tiles(const float* scores, Bf16* weights, Columns seen,
-                                Columns whole, Exponents to, Running row, bool* climbs,
-                                Beside<kParts>* beside) {
-#define RAPTAX_WEIGH(changed, cut) \
-  weigh_tiles_by<kParts, changed, cut>(scores, weights, seen, whole, to, row, climbs, beside)
-  bool cut = seen.first > whole.first || seen.last < whole.last;
-  if (to.changed) return cut ? RAPTAX_WEIGH(true, true) : RAPTAX_WEIGH(true, false);
-  return cut ? RAPTAX_WEIGH(false, true) : RAPTAX_WEIGH(false, false);
-#undef RAPTAX_WEIGH
+static inline float softmax_step_tiles(const float* scores, Bf16* weights, Columns visible,
+                                Columns whole, Exponents to, RowState row, bool* max_increased,
+                                Interleaver<kParts>* interleaver) {
+#define RAPTAX_STEP(modified, cut) \
+  softmax_step_tiles_as<kParts, modified, cut>(scores, weights, visible, whole, to, row, max_increased, interleaver)
+  bool cut = visible.first > whole.first || visible.last < whole.last;
+  if (to.modified) return cut ? RAPTAX_STEP(true, true) : RAPTAX_STEP(true, false);
+  return cut ? RAPTAX_STEP(false, true) : RAPTAX_STEP(false, false);
+#undef RAPTAX_STEP
 }
 
 }  // namespace RAPTAX_ISA

@@ -1,10 +1,9 @@
-// The backward kernel's matrix products on AMX's tiles, of bfloat16 numbers or of numbers
-// in three bfloat16 parts: see amx_pack.inl. Here each part of an operand is a plane of its
-// own.
+// The backward kernel's GEMMs on AMX, of bfloat16, or of float32 in three bfloat16
+// parts: see amx_pack.inl. Here the parts of an operand are separate planes.
 //
-// A left operand has 32 numbers of a row in each row of its tile, a right one two numbers
-// of each of 16 columns. What the sum runs over goes in pairs of n and n + 16 of every 32,
-// so that two vectors of float32 become one of pairs by a shift and a blend.
+// A left operand has 32 elements of a row in each row of its tile, a right operand
+// pairs of elements of 16 columns. Along the sum, elements n and n + 16 of 32 are
+// paired, so that two float32 vectors become one of pairs by a shift and a blend.
 
 #pragma once
 
@@ -14,19 +13,19 @@
 namespace raptax {
 namespace RAPTAX_ISA {
 
-// Two vectors in parts, `first` in the low halves, `second` in the high ones; one part is
-// rounded.
+// Splits two vectors into parts, `first` in the low halves, `second` in the high
+// halves; a single part is rounded.
 template <int kParts>
 static inline void back_pairs(F32 first, F32 second, Pairs* parts) {
   if (kParts == 1) {
-    const I32 half = all(int32_t{0x8000});
+    const I32 half = broadcast(int32_t{0x8000});
     parts[0] = upper_halves(as_float(as_bits(first) + half), as_float(as_bits(second) + half));
   } else {
     split(first, second, parts);
   }
 }
 
-// Zeros for what is not finite. Returns whether all is.
+// Replaces elements that are not finite by 0. Returns whether all are finite.
 static inline bool back_scrub(Pairs* x) {
   const __m512i exponent = _mm512_set1_epi16(0x7f80);
   __mmask32 bad = _mm512_cmpeq_epi16_mask(_mm512_and_si512((__m512i)*x, exponent), exponent);
@@ -83,7 +82,7 @@ static inline void back_tile_product(int64_t steps, const BackTiles& x, float* c
     _tile_zero(3);
   }
   for (int64_t n = 0; n < steps; ++n) {
-    const Bf16* a = x.left + n * kStep;
+    const Bf16* a = x.left + n * kTileDepth;
     const Bf16* b = x.right + n * kTileNumbers;
     back_load_right(x, b);
     if (kParts == 3) {  // as TileQueue::multiply
@@ -109,28 +108,28 @@ static inline void back_tile_product(int64_t steps, const BackTiles& x, float* c
   _tile_stored(3, below + 64, pitch);
 }
 
-// See BackFloat: the same verbs. dK and dV are summed up transposed.
+// The interface of BackFloat. dK and dV are accumulated transposed.
 template <int kParts>
 class BackAmx {
  public:
   static constexpr int64_t kQueries = kParts == 1 ? 128 : 64;
   static constexpr int64_t kKeys = kParts == 1 ? 256 : 192;
-  static constexpr int64_t kUnit = 32;
+  static constexpr int64_t kAlign = 32;
 
   static size_t bytes(const Shape& shape) { return lay_out(shape, nullptr, nullptr); }
 
-  BackAmx(const Backward& p, float* memory) : p_(p), shape_(p.forward.shape) {
+  BackAmx(const BackwardParams& p, float* memory) : p_(p), shape_(p.forward.shape) {
     lay_out(shape_, this, reinterpret_cast<char*>(memory));
   }
 
-  static bool direct(const Backward&) { return false; }
-  static float query_factor(const Backward& p) { return p.forward.rules.scale; }
+  static bool direct(const BackwardParams&) { return false; }
+  static float query_factor(const BackwardParams& p) { return p.forward.score_params.scale; }
 
   void keys(int64_t b, int64_t kv, int64_t key, int64_t keys) {
-    const Forward& f = p_.forward;
+    const ForwardParams& f = p_.forward;
     const int64_t row = (b * shape_.K + kv) * shape_.S + key;
     poison_ = nullptr;
-    const int64_t count = back_up(keys, kStep);
+    const int64_t count = round_up(keys, kTileDepth);
     key_rows({f.type, f.key, row * shape_.D, shape_.D}, keys, k_size_);
     columns(room_, count, k_size_, key_columns_);
     pairs(room_, count, k_size_, key_pairs_);
@@ -143,108 +142,108 @@ class BackAmx {
   const float* poison() const { return poison_; }
 
   void queries(const BackPlace& at, float* shift) {
-    const Forward& f = p_.forward;
+    const ForwardParams& f = p_.forward;
     const int64_t first = (at.b * shape_.H + at.h) * shape_.T + at.row;
-    rows_ = back_up(at.rows, kStep);
-    bool good[kQueries];
+    rows_ = round_up(at.rows, kTileDepth);
+    bool finite_rows[kQueries];
     rows_of({f.type, f.query, first * shape_.D, shape_.D}, at.rows, k_size_, query_,
-            kQueries * k_size_, good);
+            kQueries * k_size_, finite_rows);
     for (int64_t r = 0; r < at.rows; ++r) {
-      if (!good[r]) shift[r] += __builtin_nanf("");
+      if (!finite_rows[r]) shift[r] += __builtin_nanf("");
     }
     rows_of({f.type, p_.d_out, first * shape_.E, shape_.E}, at.rows, v_size_, d_out_,
-            kQueries * v_size_, good);
-    turned(query_, rows_, k_size_, query_turned_);
-    turned(d_out_, rows_, v_size_, d_out_turned_);
+            kQueries * v_size_, finite_rows);
+    transposed(query_, rows_, k_size_, query_transposed_);
+    transposed(d_out_, rows_, v_size_, d_out_transposed_);
   }
 
-  void weigh(const BackPlace& at, BackScores* scores, const BackRows& known) {
-    for (int64_t r = 0; r < rows_; r += kStep) {
-      const Strip seen = strips_[r / kStep] = scores->seen(r, r + kStep, kStep);
-      barrier();
-      for (int64_t c = seen.from; c < seen.to; c += kStep) {
+  void compute_weights(const BackPlace& at, BackScores* scores, const BackRows& known) {
+    for (int64_t r = 0; r < rows_; r += kTileDepth) {
+      const Strip visible = strips_[r / kTileDepth] = scores->visible(r, r + kTileDepth, kTileDepth);
+      memory_barrier();
+      for (int64_t c = visible.from; c < visible.to; c += kTileDepth) {
         const int64_t d = k_size_, e = v_size_;
-        back_tile_product<kParts>(d / kStep,
+        back_tile_product<kParts>(d / kTileDepth,
                                   {query_ + r * d, d, kQueries * d, key_columns_ + c * d,
                                    16 * d, kKeys * d},
                                   scores_ + c, kKeys, false);
-        back_tile_product<kParts>(e / kStep,
+        back_tile_product<kParts>(e / kTileDepth,
                                   {d_out_ + r * e, e, kQueries * e, value_columns_ + c * e,
                                    16 * e, kKeys * e},
                                   slopes_ + c, kKeys, false);
       }
-      barrier();
-      const int64_t end = at.rows < r + kStep ? at.rows : r + kStep;
+      memory_barrier();
+      const int64_t end = at.rows < r + kTileDepth ? at.rows : r + kTileDepth;
       scores->rows(r, end, known, scores_, slopes_, kKeys);
-      for (int64_t n = end - r; n < kStep; ++n) {
+      for (int64_t n = end - r; n < kTileDepth; ++n) {
         memset(scores_ + n * kKeys, 0, sizeof(float) * kKeys);
         memset(slopes_ + n * kKeys, 0, sizeof(float) * kKeys);
       }
-      round(seen, r);
+      store_operands(visible, r);
     }
   }
 
   void add_to_keys(const BackPlace& at) {
-    barrier();
-    for (int64_t c = at.from; c < at.to; c += kStep) {
+    memory_barrier();
+    for (int64_t c = at.from; c < at.to; c += kTileDepth) {
       int64_t first = 0, last = rows_;  // of the rows that see some of these columns
-      while (first < last && !sees(first, c)) first += kStep;
-      while (first < last && !sees(last - kStep, c)) last -= kStep;
+      while (first < last && !sees(first, c)) first += kTileDepth;
+      while (first < last && !sees(last - kTileDepth, c)) last -= kTileDepth;
       if (first == last) continue;
-      const int64_t skip = c / 16 * kPanel + first * 16, steps = (last - first) / kStep;
-      for (int64_t e = 0; e < v_size_; e += kStep) {
+      const int64_t skip = c / 16 * kPanelNumbers + first * 16, steps = (last - first) / kTileDepth;
+      for (int64_t e = 0; e < v_size_; e += kTileDepth) {
         back_tile_product<kParts>(steps,
-                                  {d_out_turned_ + e * kQueries + first, kQueries,
-                                   kQueries * v_size_, weight_pairs_ + skip, kPanel, kScores},
+                                  {d_out_transposed_ + e * kQueries + first, kQueries,
+                                   kQueries * v_size_, weight_pairs_ + skip, kPanelNumbers, kScores},
                                   d_value_ + e * kKeys + c, kKeys, true);
       }
-      for (int64_t d = 0; d < k_size_; d += kStep) {
+      for (int64_t d = 0; d < k_size_; d += kTileDepth) {
         back_tile_product<kParts>(steps,
-                                  {query_turned_ + d * kQueries + first, kQueries,
-                                   kQueries * k_size_, slope_pairs_ + skip, kPanel, kScores},
+                                  {query_transposed_ + d * kQueries + first, kQueries,
+                                   kQueries * k_size_, slope_pairs_ + skip, kPanelNumbers, kScores},
                                   d_key_ + d * kKeys + c, kKeys, true);
       }
     }
-    barrier();
+    memory_barrier();
   }
 
   // Writes whole blocks of 32 rows.
   void add_to_queries(const BackPlace& at, float* sums, int64_t stride, bool add) {
-    barrier();
+    memory_barrier();
     constexpr int64_t kColumns = kKeys * 16;  // numbers of 16 columns of K
-    for (int64_t r = 0; r < at.rows; r += kStep) {
-      const Strip seen = strips_[r / kStep];
-      for (int64_t d = 0; d < k_size_; d += kStep) {
-        const Bf16* right = key_pairs_ + d / 16 * kColumns + seen.from * 16;
-        back_tile_product<kParts>((seen.to - seen.from) / kStep,
-                                  {slope_rows_ + r * kKeys + seen.from, kKeys, kScores, right,
+    for (int64_t r = 0; r < at.rows; r += kTileDepth) {
+      const Strip visible = strips_[r / kTileDepth];
+      for (int64_t d = 0; d < k_size_; d += kTileDepth) {
+        const Bf16* right = key_pairs_ + d / 16 * kColumns + visible.from * 16;
+        back_tile_product<kParts>((visible.to - visible.from) / kTileDepth,
+                                  {slope_rows_ + r * kKeys + visible.from, kKeys, kScores, right,
                                    kColumns, kKeys * k_size_},
                                   sums + r * stride + d, stride, add);
       }
     }
-    barrier();
+    memory_barrier();
   }
 
   void finish(int64_t b, int64_t kv, int64_t key, int64_t keys) {
     const int64_t row = (b * shape_.K + kv) * shape_.S + key;
-    put(d_key_, k_size_, shape_.D, p_.forward.rules.scale, p_.d_key, row, keys);
+    put(d_key_, k_size_, shape_.D, p_.forward.score_params.scale, p_.d_key, row, keys);
     put(d_value_, v_size_, shape_.E, 1, p_.d_value, row, keys);
   }
 
  private:
-  static constexpr int64_t kPanel = kQueries * 16;      // numbers of 16 columns of weights
+  static constexpr int64_t kPanelNumbers = kQueries * 16;  // numbers of 16 columns
   static constexpr int64_t kScores = kQueries * kKeys;  // of a block
 
   bool sees(int64_t row, int64_t column) const {
-    const Strip& strip = strips_[row / kStep];
+    const Strip& strip = strips_[row / kTileDepth];
     return column >= strip.from && column < strip.to;
   }
 
-  // The tile intrinsics do not tell GCC 12 what memory they read and write.
-  static void barrier() { asm volatile("" ::: "memory"); }
+  // Compiler barrier: GCC 12 does not know what memory tile intrinsics access.
+  static void memory_barrier() { asm volatile("" ::: "memory"); }
 
   static size_t lay_out(const Shape& shape, BackAmx* self, char* memory) {
-    const int64_t k = back_up(shape.D, kStep), v = back_up(shape.E, kStep);
+    const int64_t k = round_up(shape.D, kTileDepth), v = round_up(shape.E, kTileDepth);
     const int64_t wide = k > v ? k : v;
     constexpr int64_t kBytes = 2 * kParts;
     size_t used = 0;
@@ -252,21 +251,21 @@ class BackAmx {
       if (self != nullptr) {
         self->*array = reinterpret_cast<decltype(self->*array + 0)>(memory + used);
       }
-      used += static_cast<size_t>(back_up(count * bytes, 64));
+      used += static_cast<size_t>(round_up(count * bytes, 64));
     };
     take(&BackAmx::key_columns_, kKeys * k, kBytes);
     take(&BackAmx::key_pairs_, kKeys * k, kBytes);
     take(&BackAmx::value_columns_, kKeys * v, kBytes);
     take(&BackAmx::room_, kKeys * wide, kBytes);
     take(&BackAmx::query_, kQueries * k, kBytes);
-    take(&BackAmx::query_turned_, kQueries * k, kBytes);
+    take(&BackAmx::query_transposed_, kQueries * k, kBytes);
     take(&BackAmx::d_out_, kQueries * v, kBytes);
-    take(&BackAmx::d_out_turned_, kQueries * v, kBytes);
+    take(&BackAmx::d_out_transposed_, kQueries * v, kBytes);
     take(&BackAmx::weight_pairs_, kQueries * kKeys, kBytes);
     take(&BackAmx::slope_pairs_, kQueries * kKeys, kBytes);
     take(&BackAmx::slope_rows_, kQueries * kKeys, kBytes);
-    take(&BackAmx::scores_, kStep * kKeys, 4);
-    take(&BackAmx::slopes_, kStep * kKeys, 4);
+    take(&BackAmx::scores_, kTileDepth * kKeys, 4);
+    take(&BackAmx::slopes_, kTileDepth * kKeys, 4);
     take(&BackAmx::d_key_, kKeys * k, 4);
     take(&BackAmx::d_value_, kKeys * v, 4);
     take(&BackAmx::poison_room_, kKeys, 4);
@@ -275,34 +274,34 @@ class BackAmx {
     return used;
   }
 
-  // Rows, finite, with zeros up to `padded` numbers and kStep rows.
+  // Rows, finite, with zeros up to `padded` numbers and kTileDepth rows.
   static void rows_of(const Source& from, int64_t count, int64_t padded, Bf16* to,
-                      int64_t part, bool* good) {
+                      int64_t part, bool* finite_rows) {
     for (int64_t r = 0; r < count; ++r) {
-      good[r] = true;
-      for (int64_t d = 0; d < padded; d += kStep) {
+      finite_rows[r] = true;
+      for (int64_t d = 0; d < padded; d += kTileDepth) {
         Pairs x[kParts];
         if (kParts == 1) {
           x[0] = load_pairs(bf16_row(from, r), d, from.size);
-          good[r] &= back_scrub(x);
+          finite_rows[r] &= back_scrub(x);
         } else {
           F32 low = load_lanes(from, r, d), high = load_lanes(from, r, d + kLanes);
-          good[r] &= back_scrub(&low);
-          good[r] &= back_scrub(&high);
+          finite_rows[r] &= back_scrub(&low);
+          finite_rows[r] &= back_scrub(&high);
           split_any(low, high, x);
         }
         for (int p = 0; p < kParts; ++p) memcpy(to + p * part + r * padded + d, x + p, 64);
       }
     }
-    const int64_t rest = (back_up(count, kStep) - count) * padded;
+    const int64_t rest = (round_up(count, kTileDepth) - count) * padded;
     for (int p = 0; p < kParts; ++p) memset(to + p * part + count * padded, 0, 2 * rest);
   }
 
   void key_rows(const Source& from, int64_t keys, int64_t padded) {
-    bool good[kKeys];
-    rows_of(from, keys, padded, room_, kKeys * padded, good);
+    bool finite_rows[kKeys];
+    rows_of(from, keys, padded, room_, kKeys * padded, finite_rows);
     for (int64_t r = 0; r < keys; ++r) {
-      if (good[r]) continue;
+      if (finite_rows[r]) continue;
       if (poison_ == nullptr) memset(poison_room_, 0, sizeof(float) * kKeys);
       poison_room_[r] = __builtin_nanf("");
       poison_ = poison_room_;
@@ -314,7 +313,7 @@ class BackAmx {
     for (int p = 0; p < kParts; ++p, rows += kKeys * size) {
       Bf16* tile = tiles + p * kKeys * size;
       for (int64_t s = 0; s < count; s += 16) {
-        for (int64_t d = 0; d < size; d += kStep, tile += kTileNumbers) {
+        for (int64_t d = 0; d < size; d += kTileDepth, tile += kTileNumbers) {
           F32 x[16];
           for (int64_t i = 0; i < 16; ++i) memcpy(x + i, rows + (s + i) * size + d, 64);
           transpose(x);
@@ -332,9 +331,9 @@ class BackAmx {
     }
     // Rows in parts have pairs themselves: d and d + 16 of 32.
     U32 low, high;
-    memcpy(&low, first + back_down(d, kStep), sizeof low);
-    memcpy(&high, second + back_down(d, kStep), sizeof high);
-    return d % kStep == 0 ? (Pairs)((low & 0xffffu) | (high << 16))
+    memcpy(&low, first + round_down(d, kTileDepth), sizeof low);
+    memcpy(&high, second + round_down(d, kTileDepth), sizeof high);
+    return d % kTileDepth == 0 ? (Pairs)((low & 0xffffu) | (high << 16))
                           : (Pairs)((low >> 16) | (high & 0xffff0000u));
   }
 
@@ -342,11 +341,11 @@ class BackAmx {
   static void pairs(const Bf16* rows, int64_t count, int64_t size, Bf16* tiles) {
     for (int p = 0; p < kParts; ++p, rows += kKeys * size, tiles += kKeys * size) {
       for (int64_t d = 0; d < size; d += 16) {
-        for (int64_t s = 0; s < count; s += kStep) {
+        for (int64_t s = 0; s < count; s += kTileDepth) {
           Bf16* tile = tiles + d * kKeys + s * 16;
           for (int64_t i = 0; i < 16; ++i) {
             Pairs x = paired(rows, s + i, d, size);
-            memcpy(tile + i * kStep, &x, sizeof x);
+            memcpy(tile + i * kTileDepth, &x, sizeof x);
           }
         }
       }
@@ -354,10 +353,10 @@ class BackAmx {
   }
 
   // Left operands that sum over rows: a row of kQueries for each column.
-  static void turned(const Bf16* rows, int64_t count, int64_t size, Bf16* to) {
+  static void transposed(const Bf16* rows, int64_t count, int64_t size, Bf16* to) {
     for (int p = 0; p < kParts; ++p, rows += kQueries * size, to += kQueries * size) {
       for (int64_t d = 0; d < size; d += 16) {
-        for (int64_t s = 0; s < count; s += kStep) {
+        for (int64_t s = 0; s < count; s += kTileDepth) {
           F32 x[16];
           for (int64_t i = 0; i < 16; ++i) x[i] = (F32)paired(rows, s + i, d, size);
           transpose(x);
@@ -369,19 +368,19 @@ class BackAmx {
     }
   }
 
-  // 32 rows of weights and gradients of scores to operands.
-  void round(const Strip& seen, int64_t row) {
-    for (int64_t c = seen.from; c < seen.to; c += kStep) {
-      Bf16* weights = weight_pairs_ + c / 16 * kPanel + row * 16;
-      Bf16* slopes = slope_pairs_ + c / 16 * kPanel + row * 16;
+  // Converts 32 rows of weights and score gradients to tile operands.
+  void store_operands(const Strip& visible, int64_t row) {
+    for (int64_t c = visible.from; c < visible.to; c += kTileDepth) {
+      Bf16* weights = weight_pairs_ + c / 16 * kPanelNumbers + row * 16;
+      Bf16* slopes = slope_pairs_ + c / 16 * kPanelNumbers + row * 16;
       for (int64_t i = 0; i < 16; ++i) {
         const float *w = scores_ + i * kKeys + c, *s = slopes_ + i * kKeys + c;
         const float *w16 = w + 16 * kKeys, *s16 = s + 16 * kKeys;
         F32 s0 = load(s), s1 = load(s + 16), t0 = load(s16), t1 = load(s16 + 16);
-        put_pairs(load(w), load(w16), weights + i * kStep);
-        put_pairs(load(w + 16), load(w16 + 16), weights + kPanel + i * kStep);
-        put_pairs(s0, t0, slopes + i * kStep);
-        put_pairs(s1, t1, slopes + kPanel + i * kStep);
+        put_pairs(load(w), load(w16), weights + i * kTileDepth);
+        put_pairs(load(w + 16), load(w16 + 16), weights + kPanelNumbers + i * kTileDepth);
+        put_pairs(s0, t0, slopes + i * kTileDepth);
+        put_pairs(s1, t1, slopes + kPanelNumbers + i * kTileDepth);
         put_pairs(s0, s1, slope_rows_ + (row + i) * kKeys + c);
         put_pairs(t0, t1, slope_rows_ + (row + i + 16) * kKeys + c);
       }
@@ -393,7 +392,7 @@ class BackAmx {
     for (int p = 0; p < kParts; ++p) memcpy(to + p * kScores, x + p, 64);
   }
 
-  // Sums that lie transposed, to rows of the output.
+  // Writes transposed accumulators to rows of the output.
   void put(const float* sums, int64_t padded, int64_t size, float factor, void* to,
            int64_t row, int64_t keys) {
     for (int64_t s = 0; s < keys; s += 16) {
@@ -410,16 +409,16 @@ class BackAmx {
     }
   }
 
-  const Backward& p_;
+  const BackwardParams& p_;
   const Shape& shape_;
-  TileUnit unit_;
-  Strip strips_[kQueries / kStep];  // what each 32 rows of the block see
+  TileUnit tile_config_;
+  Strip strips_[kQueries / kTileDepth];  // what each 32 rows of the block see
   int64_t k_size_ = 0, v_size_ = 0;  // D and E, in steps of 32
   int64_t rows_ = 0;                 // of queries, in steps of 32
   Bf16 *key_columns_ = nullptr, *key_pairs_ = nullptr, *value_columns_ = nullptr;
   Bf16* room_ = nullptr;
-  Bf16 *query_ = nullptr, *query_turned_ = nullptr;
-  Bf16 *d_out_ = nullptr, *d_out_turned_ = nullptr;
+  Bf16 *query_ = nullptr, *query_transposed_ = nullptr;
+  Bf16 *d_out_ = nullptr, *d_out_transposed_ = nullptr;
   Bf16 *weight_pairs_ = nullptr, *slope_pairs_ = nullptr, *slope_rows_ = nullptr;
   float *scores_ = nullptr, *slopes_ = nullptr;  // 32 rows of them
   float *d_key_ = nullptr, *d_value_ = nullptr;

@@ -1,4 +1,4 @@
-// The backward kernel's matrix products in float32, for inputs of any type.
+// The backward kernel's float32 GEMMs, for inputs of any dtype.
 
 #pragma once
 
@@ -8,13 +8,15 @@
 namespace raptax {
 namespace RAPTAX_ISA {
 
-// One thread's block of keys, with the block of queries that it meets.
+// A block of keys against a block of queries:
+//
 //   scores = Q K^T,  d_weights = dO V^T;  dV += W^T dO,  dK += dS^T Q,  dQ += dS K.
-// The two products that need keys or values transposed read panels of kBackPanel keys,
-// the other three read rows as they are.
+//
+// The first two read transposed panels of kBackPanel keys, the other three row-major
+// data.
 class BackFloat {
  public:
-  static constexpr int64_t kQueries = 96, kKeys = 192, kUnit = kBackPanel;
+  static constexpr int64_t kQueries = 96, kKeys = 192, kAlign = kBackPanel;
   static_assert(kKeys % kBackPanel == 0 && kQueries % kBackRows == 0 &&
                     kBackPanel % kBackRows == 0,
                 "blocks are made of whole panels");
@@ -23,28 +25,28 @@ class BackFloat {
     return sizeof(float) * (lay_out(shape, nullptr, nullptr) + 16);
   }
 
-  BackFloat(const Backward& p, float* memory) : p_(p), shape_(p.forward.shape) {
+  BackFloat(const BackwardParams& p, float* memory) : p_(p), shape_(p.forward.shape) {
     lay_out(shape_, this, memory);
   }
 
-  // Whether dQ's sums may lie in the output itself.
-  static bool direct(const Backward& p) {
+  // Whether dQ may be accumulated in the output itself.
+  static bool direct(const BackwardParams& p) {
     return p.forward.type == Type::kF32 && p.forward.shape.D % kLanes == 0;
   }
-  // What dQ's sums still have to be multiplied with.
-  static float query_factor(const Backward&) { return 1; }
+  // The factor still to be applied to accumulated dQ.
+  static float query_factor(const BackwardParams&) { return 1; }
 
-  // Takes in a block of keys and values, and clears the sums of their gradients.
+  // Loads a block of keys and values, and clears dK and dV.
   void keys(int64_t b, int64_t kv, int64_t key, int64_t keys) {
-    const Forward& f = p_.forward;
+    const ForwardParams& f = p_.forward;
     const int64_t row = (b * shape_.K + kv) * shape_.S + key;
     poison_ = nullptr;
     rows_of(f.key, row, keys, shape_.D, k_row_, key_);
-    turn(key_, keys, shape_.D, k_row_, key_panels_);
+    transpose_panels(key_, keys, shape_.D, k_row_, key_panels_);
     rows_of(f.value, row, keys, shape_.E, v_row_, d_value_);
-    turn(d_value_, keys, shape_.E, v_row_, value_panels_);
-    // dQ = scale * dS K: the factor is spent here, once.
-    for (int64_t i = 0; i < keys * k_row_; ++i) key_[i] *= f.rules.scale;
+    transpose_panels(d_value_, keys, shape_.E, v_row_, value_panels_);
+    // dQ = scale * dS K: the scale is applied to K once.
+    for (int64_t i = 0; i < keys * k_row_; ++i) key_[i] *= f.score_params.scale;
     memset(d_key_, 0, sizeof(float) * kKeys * k_row_);
     memset(d_value_, 0, sizeof(float) * kKeys * v_row_);
   }
@@ -52,11 +54,11 @@ class BackFloat {
   // By column: NaN where a key or value is not finite; null if all are.
   const float* poison() const { return poison_; }
 
-  // Takes in a block of queries. Adds NaN to `shift` where a query is not finite.
+  // Loads a block of queries. Adds NaN to `shift` where a query is not finite.
   void queries(const BackPlace& at, float* shift) {
-    const Forward& f = p_.forward;
+    const ForwardParams& f = p_.forward;
     const int64_t first = (at.b * shape_.H + at.h) * shape_.T + at.row;
-    rows_ = back_up(at.rows, kBackRows);
+    rows_ = round_up(at.rows, kBackRows);
     for (int64_t r = 0; r < at.rows; ++r) {
       if (!back_row(f.query, f.type, (first + r) * shape_.D, shape_.D, k_row_,
                     query_ + r * k_row_)) {
@@ -69,13 +71,13 @@ class BackFloat {
     memset(d_out_ + at.rows * v_row_, 0, sizeof(float) * (rows_ - at.rows) * v_row_);
   }
 
-  // The weights and the gradient of the scores.
-  void weigh(const BackPlace& at, BackScores* scores, const BackRows& known) {
+  // Recomputes the weights, and the gradients of the scores.
+  void compute_weights(const BackPlace& at, BackScores* scores, const BackRows& known) {
     for (int64_t c = at.from; c < at.to; c += kBackPanel) {
-      back_columns<kBackVectors>(rows_, shape_.D, {query_, k_row_, false},
+      back_gemm_columns<kBackVectors>(rows_, shape_.D, {query_, k_row_, false},
                                  key_panels_ + c * shape_.D, kBackPanel, weights_ + c,
                                  kRow, false);
-      back_columns<kBackVectors>(rows_, shape_.E, {d_out_, v_row_, false},
+      back_gemm_columns<kBackVectors>(rows_, shape_.E, {d_out_, v_row_, false},
                                  value_panels_ + c * shape_.E, kBackPanel, slopes_ + c,
                                  kRow, false);
     }
@@ -84,23 +86,23 @@ class BackFloat {
 
   void add_to_keys(const BackPlace& at) {
     const int64_t count = at.to - at.from, c = at.from;
-    back_product(count, v_size_, at.rows, {weights_ + c, kRow, true}, d_out_, v_row_,
+    back_gemm(count, v_size_, at.rows, {weights_ + c, kRow, true}, d_out_, v_row_,
                  d_value_ + c * v_row_, v_row_, true);
-    back_product(count, k_size_, at.rows, {slopes_ + c, kRow, true}, query_, k_row_,
+    back_gemm(count, k_size_, at.rows, {slopes_ + c, kRow, true}, query_, k_row_,
                  d_key_ + c * k_row_, k_row_, true);
   }
 
   // Adds to `sums`, or overwrites them. They have rows of `stride` floats.
   void add_to_queries(const BackPlace& at, float* sums, int64_t stride, bool add) {
     const int64_t c = at.from, keys = (at.to < at.keys ? at.to : at.keys) - c;
-    const int64_t whole = back_down(at.rows, kBackRows);
+    const int64_t whole = round_down(at.rows, kBackRows);
     const float* key = key_ + c * k_row_;
-    back_product(whole, k_size_, keys, {slopes_ + c, kRow, false}, key, k_row_, sums,
+    back_gemm(whole, k_size_, keys, {slopes_ + c, kRow, false}, key, k_row_, sums,
                  stride, add);
     if (whole == at.rows) return;
-    // The last rows, of which some are not there. Queries are no longer needed.
+    // The last, partial block of rows, in the memory of the queries, now unused.
     float* part = query_;
-    back_product(kBackRows, k_size_, keys, {slopes_ + whole * kRow + c, kRow, false}, key,
+    back_gemm(kBackRows, k_size_, keys, {slopes_ + whole * kRow + c, kRow, false}, key,
                  k_row_, part, k_row_, false);
     for (int64_t r = whole; r < at.rows; ++r, part += k_row_) {
       float* to = sums + r * stride;
@@ -108,12 +110,12 @@ class BackFloat {
     }
   }
 
-  // Writes the gradients of the block of keys.
+  // Writes dK and dV of the block.
   void finish(int64_t b, int64_t kv, int64_t key, int64_t keys) {
-    const Forward& f = p_.forward;
+    const ForwardParams& f = p_.forward;
     const int64_t row = (b * shape_.K + kv) * shape_.S + key;
     for (int64_t r = 0; r < keys; ++r) {
-      back_put_row(d_key_ + r * k_row_, f.rules.scale, p_.d_key, f.type,
+      back_put_row(d_key_ + r * k_row_, f.score_params.scale, p_.d_key, f.type,
                    (row + r) * shape_.D, shape_.D);
       back_put_row(d_value_ + r * v_row_, 1, p_.d_value, f.type, (row + r) * shape_.E,
                    shape_.E);
@@ -123,20 +125,20 @@ class BackFloat {
  private:
   static constexpr int64_t kRow = kKeys + 16;  // floats between rows of scores
 
-  // Floats between rows of `size`: an odd number of cache lines, lest rows below each
-  // other fight for the same few places in the first-level cache.
+  // Row stride in floats: an odd number of cache lines, which avoids conflicts between
+  // rows in the sets of the L1 cache.
   static int64_t odd_lines(int64_t size) {
-    const int64_t lines = back_up(size, 16) / 16;
+    const int64_t lines = round_up(size, 16) / 16;
     return 16 * (lines % 2 == 0 ? lines + 1 : lines);
   }
 
-  // Gives every array its place; returns how many floats that takes.
+  // Assigns scratch memory; returns its size in floats.
   static int64_t lay_out(const Shape& shape, BackFloat* self, float* memory) {
     const int64_t k = odd_lines(shape.D), v = odd_lines(shape.E);
     int64_t used = 0;
     auto take = [&](float* BackFloat::*array, int64_t size) {
       if (self != nullptr) self->*array = memory + used;
-      used += back_up(size, 16);
+      used += round_up(size, 16);
     };
     take(&BackFloat::key_, kKeys * k);
     take(&BackFloat::key_panels_, kKeys * shape.D);
@@ -149,7 +151,7 @@ class BackFloat {
     take(&BackFloat::slopes_, kQueries * kRow);
     take(&BackFloat::poison_room_, kKeys);
     if (self != nullptr) {
-      self->k_size_ = back_up(shape.D, kLanes), self->v_size_ = back_up(shape.E, kLanes);
+      self->k_size_ = round_up(shape.D, kLanes), self->v_size_ = round_up(shape.E, kLanes);
       self->k_row_ = k, self->v_row_ = v;
     }
     return used;
@@ -168,7 +170,7 @@ class BackFloat {
   }
 
   // Rows of keys to panels: panels[n][d][c] is entry d of key n * kBackPanel + c.
-  static void turn(const float* rows, int64_t keys, int64_t size, int64_t stride,
+  static void transpose_panels(const float* rows, int64_t keys, int64_t size, int64_t stride,
                    float* panels) {
     for (int64_t n = 0; n < keys; n += kLanes) {
       float* to = panels + n / kBackPanel * kBackPanel * size + n % kBackPanel;
@@ -183,17 +185,17 @@ class BackFloat {
         }
       }
     }
-    for (int64_t n = back_up(keys, kLanes); n < back_up(keys, kBackPanel); n += kLanes) {
+    for (int64_t n = round_up(keys, kLanes); n < round_up(keys, kBackPanel); n += kLanes) {
       float* to = panels + n / kBackPanel * kBackPanel * size + n % kBackPanel;
       for (int64_t d = 0; d < size; ++d) store(to + d * kBackPanel, F32{});
     }
   }
 
-  const Backward& p_;
+  const BackwardParams& p_;
   const Shape& shape_;
   int64_t k_size_ = 0, v_size_ = 0;  // D and E, in whole vectors
   int64_t k_row_ = 0, v_row_ = 0;    // floats between rows of them
-  int64_t rows_ = 0;                 // of queries, in whole blocks of registers
+  int64_t rows_ = 0;                 // of queries, rounded up to kBackRows
   float *key_ = nullptr, *key_panels_ = nullptr, *value_panels_ = nullptr;
   float *d_key_ = nullptr, *d_value_ = nullptr;
   float *query_ = nullptr, *d_out_ = nullptr;

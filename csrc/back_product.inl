@@ -1,4 +1,4 @@
-// float32 matrix products on packed panels, by blocks of registers.
+// float32 GEMM of the backward kernel, register-blocked.
 
 #pragma once
 
@@ -7,17 +7,14 @@
 namespace raptax {
 namespace RAPTAX_ISA {
 
-// A block of kBackRows x kBackVectors vectors of sums fills the registers: 24 of the 32
-// of AVX-512, 12 of the 16 of the others.
+// The micro-kernel has kBackRows x kBackVectors accumulators: 24 of the 32 registers of
+// AVX-512, 12 of the 16 of other instruction sets.
 constexpr int kBackRows = kLanes == 16 ? 8 : 4;
 constexpr int kBackVectors = 3;
 constexpr int64_t kBackPanel = kBackVectors * kLanes;
 
-static inline int64_t back_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
-static inline int64_t back_down(int64_t n, int64_t unit) { return n / unit * unit; }
-
-// A matrix of which the product takes entry (row, step) at data[row * row_stride + step]
-// or, transposed, at data[step * step_stride + row].
+// The left operand: element (row, step) is data[row * stride + step] or, transposed,
+// data[step * stride + row].
 struct BackLeft {
   const float* data;
   int64_t stride;
@@ -26,7 +23,7 @@ struct BackLeft {
 
 // c[kBackRows x kVectors] (+)= a b over `depth` steps.
 template <int kVectors, bool kTransposed>
-static void back_block(int64_t depth, const float* a, int64_t a_stride, const float* b,
+static void back_micro_gemm(int64_t depth, const float* a, int64_t a_stride, const float* b,
                        int64_t b_stride, float* c, int64_t c_stride, bool add) {
   F32 sum[kBackRows][kVectors];
 #pragma GCC unroll 8
@@ -42,7 +39,7 @@ static void back_block(int64_t depth, const float* a, int64_t a_stride, const fl
     for (int v = 0; v < kVectors; ++v) right[v] = load(b + v * kLanes);
 #pragma GCC unroll 8
     for (int r = 0; r < kBackRows; ++r) {
-      F32 left = all(kTransposed ? a[r] : a[r * a_stride]);
+      F32 left = broadcast(kTransposed ? a[r] : a[r * a_stride]);
 #pragma GCC unroll 3
       for (int v = 0; v < kVectors; ++v) sum[r][v] += left * right[v];
     }
@@ -57,15 +54,15 @@ static void back_block(int64_t depth, const float* a, int64_t a_stride, const fl
 }
 
 template <int kVectors>
-static void back_columns(int64_t rows, int64_t depth, BackLeft a, const float* b,
+static void back_gemm_columns(int64_t rows, int64_t depth, BackLeft a, const float* b,
                          int64_t b_stride, float* c, int64_t c_stride, bool add) {
   for (int64_t r = 0; r < rows; r += kBackRows) {
     float* to = c + r * c_stride;
     if (a.transposed) {
-      back_block<kVectors, true>(depth, a.data + r, a.stride, b, b_stride, to, c_stride,
+      back_micro_gemm<kVectors, true>(depth, a.data + r, a.stride, b, b_stride, to, c_stride,
                                  add);
     } else {
-      back_block<kVectors, false>(depth, a.data + r * a.stride, a.stride, b, b_stride, to,
+      back_micro_gemm<kVectors, false>(depth, a.data + r * a.stride, a.stride, b, b_stride, to,
                                   c_stride, add);
     }
   }
@@ -73,20 +70,20 @@ static void back_columns(int64_t rows, int64_t depth, BackLeft a, const float* b
 
 // c (rows x columns) = a b, or += if `add`. `rows` is a multiple of kBackRows and
 // `columns` one of kLanes; b has rows of b_stride floats.
-static void back_product(int64_t rows, int64_t columns, int64_t depth, BackLeft a,
+static void back_gemm(int64_t rows, int64_t columns, int64_t depth, BackLeft a,
                          const float* b, int64_t b_stride, float* c, int64_t c_stride,
                          bool add) {
   for (int64_t n = 0; n < columns;) {
     int64_t left = (columns - n) / kLanes;
-    // Four vectors go as two and two: a single one would wait for its own sums.
+    // Four vectors go as two and two: one alone would be bound by FMA latency.
     if (left == 4 || left == 2) {
-      back_columns<2>(rows, depth, a, b + n, b_stride, c + n, c_stride, add);
+      back_gemm_columns<2>(rows, depth, a, b + n, b_stride, c + n, c_stride, add);
       n += 2 * kLanes;
     } else if (left == 1) {
-      back_columns<1>(rows, depth, a, b + n, b_stride, c + n, c_stride, add);
+      back_gemm_columns<1>(rows, depth, a, b + n, b_stride, c + n, c_stride, add);
       n += kLanes;
     } else {
-      back_columns<3>(rows, depth, a, b + n, b_stride, c + n, c_stride, add);
+      back_gemm_columns<3>(rows, depth, a, b + n, b_stride, c + n, c_stride, add);
       n += 3 * kLanes;
     }
   }

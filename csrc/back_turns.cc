@@ -4,14 +4,14 @@
 
 namespace raptax {
 
-void back_wait(const int32_t* turns, int32_t turn) {
-  for (int tries = 0; __atomic_load_n(turns, __ATOMIC_ACQUIRE) != turn; ++tries) {
+void wait_for(const int32_t* counter, int32_t value) {
+  for (int tries = 0; __atomic_load_n(counter, __ATOMIC_ACQUIRE) != value; ++tries) {
     if (tries > 100) std::this_thread::yield();
   }
 }
 
-void back_pass(int32_t* turns, int32_t turn) {
-  __atomic_store_n(turns, turn, __ATOMIC_RELEASE);
+void publish(int32_t* counter, int32_t value) {
+  __atomic_store_n(counter, value, __ATOMIC_RELEASE);
 }
 
 }  // namespace raptax

@@ -1,15 +1,16 @@
-// Turns: counters on which threads wait for what goes before.
+// An ordered counter: threads publish their results in a fixed order.
 #pragma once
 
 #include <cstdint>
 
 namespace raptax {
 
-// Waits until *turns == turn. Whoever is to bring it there must be at work already:
-// pieces of Parallel::run wait only for pieces of lower numbers, which have started.
-void back_wait(const int32_t* turns, int32_t turn);
+// Waits until *counter == value. The thread that publishes it must have started: tasks
+// of ThreadPool::run wait only for tasks of lower indices, which start earlier.
+void wait_for(const int32_t* counter, int32_t value);
 
-// Sets *turns to `turn`, and lets others see all that was written before.
-void back_pass(int32_t* turns, int32_t turn);
+// Sets *counter to `value` with release semantics: writes before it are visible to the
+// threads that wait_for(counter, value).
+void publish(int32_t* counter, int32_t value);
 
 }  // namespace raptax

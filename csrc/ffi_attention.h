@@ -1,5 +1,5 @@
-// What the handlers of attention share: operands and attributes as XLA hands them over
-// become the plain arrays of problem.h.
+// Shared by the forward and backward handlers: operands and attributes to the structs
+// of problem.h.
 #pragma once
 
 #include <string>
@@ -10,7 +10,7 @@
 
 namespace raptax {
 
-// Operands by the names of problem.h. One without elements says that there is none.
+// Operands by the names of problem.h; without elements where there is no such array.
 struct Operands {
   ffi::AnyBuffer query;               // (B, H, T, D)
   ffi::AnyBuffer key;                 // (B, K, S, D)
@@ -25,7 +25,7 @@ struct Operands {
   ffi::Buffer<ffi::U32> words;        // of the dropout's key
 };
 
-ffi::Error wrong(const std::string& what);
+ffi::Error invalid_argument(const std::string& what);
 
 // Whether an array has these axes.
 template <typename Array>
@@ -39,10 +39,11 @@ bool has_shape(const Array& x, std::initializer_list<int64_t> axes) {
   return true;
 }
 
-// Reads `operands`, and of `attributes` tile_queries and tile_keys. Changes nothing but `to`, which points into the operands from then on.
-ffi::Error read(const Operands& operands, const ffi::Dictionary& attributes, Forward* to);
+// Reads `operands`, and tile_queries and tile_keys of `attributes`. Changes only `to`,
+// which then points into the operands.
+ffi::Error read(const Operands& operands, const ffi::Dictionary& attributes, ForwardParams* to);
 
-// The programs of masks and of score changes. Rules point into it.
+// The programs of mask_mod and score_mod. ScoreParams points into it.
 struct Mods {
   explicit Mods(const ffi::RemainingArgs& arrays) : programs(arrays, 0) {}
 
@@ -52,6 +53,6 @@ struct Mods {
 
 // Reads `mods`, whose arrays are the operands that remain, the mask's first: of
 // `attributes`, mask_code, mask_arrays, score_code and score_arrays.
-ffi::Error read_mods(const ffi::Dictionary& attributes, Mods* mods, Rules* to);
+ffi::Error read_mods(const ffi::Dictionary& attributes, Mods* mods, ScoreParams* to);
 
 }  // namespace raptax

@@ -1,5 +1,5 @@
-// Gradients of attention: what native_backward.py hands over becomes Backward of
-// problem.h. An array without elements says that there is none.
+// The handler of the backward pass: operands of native_backward.py to BackwardParams.
+// An array without elements means there is none.
 #include <cstring>
 
 #include "ffi_attention.h"
@@ -18,7 +18,7 @@ bool same_shape(const Any::Dimensions& a, const Any::Dimensions& b) {
   return true;
 }
 
-// What the forward pass found, and what came back to it.
+// Results of the forward pass and their cotangents.
 struct Found {
   Any out;
   Floats lse;
@@ -26,11 +26,11 @@ struct Found {
   Floats d_lse;
 };
 
-ffi::Error read_found(const Found& x, Backward* to) {
+ffi::Error read_found(const Found& x, BackwardParams* to) {
   const Shape& s = to->forward.shape;
   if (!has_shape(x.out, {s.B, s.H, s.T, s.E}) || !has_shape(x.d_out, {s.B, s.H, s.T, s.E}) ||
       !has_shape(x.lse, {s.B, s.H, s.T}) || !has_shape(x.d_lse, {s.B, s.H, s.T})) {
-    return wrong("out, its log-sum-exp or their gradients do not fit query and value");
+    return invalid_argument("out, its log-sum-exp or their gradients do not fit query and value");
   }
   to->forward.out = x.out.untyped_data();
   to->forward.lse = x.lse.typed_data();
@@ -44,13 +44,13 @@ struct Gradients {
   ffi::Result<Floats> bias, sinks;
 };
 
-ffi::Error read_gradients(Gradients& to, const Operands& of, Backward* p) {
+ffi::Error read_gradients(Gradients& to, const Operands& of, BackwardParams* p) {
   if (!same_shape(to.query->dimensions(), of.query.dimensions()) ||
       !same_shape(to.key->dimensions(), of.key.dimensions()) ||
       !same_shape(to.value->dimensions(), of.value.dimensions()) ||
       !same_shape(to.bias->dimensions(), of.bias.dimensions()) ||
       !same_shape(to.sinks->dimensions(), of.sinks.dimensions())) {
-    return wrong("gradients do not have the shapes of their arrays");
+    return invalid_argument("gradients do not have the shapes of their arrays");
   }
   p->d_query = to.query->untyped_data();
   p->d_key = to.key->untyped_data();
@@ -58,7 +58,7 @@ ffi::Error read_gradients(Gradients& to, const Operands& of, Backward* p) {
   if (to.sinks->element_count() != 0) p->d_sinks = to.sinks->typed_data();
   if (to.bias->element_count() != 0) {
     p->d_bias.data = to.bias->typed_data();
-    memcpy(p->d_bias.stride, p->forward.rules.bias.stride, sizeof p->d_bias.stride);
+    memcpy(p->d_bias.stride, p->forward.score_params.bias.stride, sizeof p->d_bias.stride);
     memset(p->d_bias.data, 0, to.bias->size_bytes());
   }
   return ffi::Error::Success();
@@ -66,7 +66,7 @@ ffi::Error read_gradients(Gradients& to, const Operands& of, Backward* p) {
 
 // The program of d score / d base, whose arrays are the operands after those of `mods`.
 ffi::Error read_slope(const ffi::Dictionary& attributes, Mods* mods, Program* slope,
-                      Backward* to) {
+                      BackwardParams* to) {
   auto code = attributes.get<Code>("slope_code");
   auto arrays = attributes.get<int64_t>("slope_arrays");
   if (code.has_error()) return code.error();
@@ -75,7 +75,7 @@ ffi::Error read_slope(const ffi::Dictionary& attributes, Mods* mods, Program* sl
   ffi::Error error = mods->programs.read(*code, *arrays, true, *slope, has);
   if (has) to->slope_program = slope;
   if (error.success() && !mods->programs.finished()) {
-    return wrong("there are arrays that no mod reads");
+    return invalid_argument("there are arrays that no mod reads");
   }
   return error;
 }
@@ -89,11 +89,11 @@ ffi::Error backward(ffi::ThreadPool pool, Any query, Any key, Any value,
                     ffi::Result<Any> d_key, ffi::Result<Any> d_value,
                     ffi::Result<Floats> d_bias, ffi::Result<Floats> d_sinks,
                     ffi::Dictionary attributes) {
-  if (chosen_kernels() == nullptr) return wrong("RAPTAX_ISA names nothing that runs here");
+  if (chosen_kernels() == nullptr) return invalid_argument("RAPTAX_ISA names nothing that runs here");
   for (const Any* x : {&out, &d_out, &*d_query, &*d_key, &*d_value}) {
-    if (x->element_type() != query.element_type()) return wrong("arrays differ in type");
+    if (x->element_type() != query.element_type()) return invalid_argument("arrays differ in type");
   }
-  Backward p{};
+  BackwardParams p{};
   const Operands operands = {query, key,  value, start, band, factors,
                              kinds, mask, bias,  sinks, words};
   ffi::Error error = read(operands, attributes, &p.forward);
@@ -104,12 +104,12 @@ ffi::Error backward(ffi::ThreadPool pool, Any query, Any key, Any value,
   error = read_gradients(gradients, operands, &p);
   if (error.failure()) return error;
   Mods mods(arrays);
-  error = read_mods(attributes, &mods, &p.forward.rules);
+  error = read_mods(attributes, &mods, &p.forward.score_params);
   if (error.failure()) return error;
   Program slope;
   error = read_slope(attributes, &mods, &slope, &p);
   if (error.failure()) return error;
-  chosen_kernels()->backward(p, XlaParallel(pool));
+  chosen_kernels()->backward(p, XlaThreadPool(pool));
   return ffi::Error::Success();
 }
 

@@ -1,6 +1,6 @@
-// What every file of handlers (ffi*.cc) shares: they turn FFI buffers into the plain
-// arrays that the kernels take, and are the only files that know of XLA. Every handler
-// has a line in HANDLERS of src/raptax/kernels/native.py.
+// Common to all FFI handlers (ffi*.cc), which convert FFI buffers to the plain arrays
+// that the kernels take; no other file includes XLA headers. Every handler is listed in
+// HANDLERS of src/raptax/kernels/native.py.
 #pragma once
 
 #include <cstddef>
@@ -26,20 +26,20 @@ namespace ffi = xla::ffi;
 
 namespace raptax {
 
-// XLA's own threads. Each that comes takes the next ticket until there are none left.
-class XlaParallel final : public Parallel {
+// The thread pool of XLA's CPU client.
+class XlaThreadPool final : public ThreadPool {
  public:
-  explicit XlaParallel(ffi::ThreadPool pool) : pool_(pool) {}
+  explicit XlaThreadPool(ffi::ThreadPool pool) : pool_(pool) {}
 
   int threads() const override { return static_cast<int>(pool_.num_threads()); }
 
-  void run(int64_t count, void (*piece)(void*, int64_t), void* context) const override {
+  void run(int64_t count, void (*task)(void*, int64_t), void* context) const override {
     auto schedule = [this](auto function) { pool_.Schedule(std::move(function)); };
-    Tickets::share(count, threads() - 1, piece, context, schedule);
+    WorkQueue::parallel_for(count, threads() - 1, task, context, schedule);
   }
 
  private:
-  // XLA's handle is a plain pair of pointers whose methods are not const.
+  // The FFI handle is a pair of pointers whose methods are not const.
   mutable ffi::ThreadPool pool_;
 };
 

@@ -35,7 +35,7 @@ static bool entry_of(ffi::DataType type, Entry& entry) {
   }
 }
 
-ffi::Error Programs::read(Code code, int64_t count, bool changes_scores, Program& program,
+ffi::Error Programs::read(Code code, int64_t count, bool reads_scores, Program& program,
                           bool& has) {
   const size_t first = arrays_.size();
   if (count < 0 || next_ + static_cast<size_t>(count) > args_.size()) {
@@ -56,7 +56,7 @@ ffi::Error Programs::read(Code code, int64_t count, bool changes_scores, Program
   program.code_size = static_cast<int64_t>(code.size());
   program.arrays = arrays_.data() + first;
   program.array_count = count;
-  const char* reason = has ? why_not(program, changes_scores) : nullptr;
+  const char* reason = has ? unsupported_reason(program, reads_scores) : nullptr;
   return reason == nullptr ? ffi::Error::Success() : ffi::Error::InvalidArgument(reason);
 }
 

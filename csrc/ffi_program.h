@@ -1,4 +1,4 @@
-// Mod programs as they arrive: code as an attribute, arrays as operands of the call.
+// Mod programs of a call: code as an attribute, arrays as operands.
 #pragma once
 
 #include <vector>
@@ -21,7 +21,7 @@ class Programs {
 
   // Reads the next program, whose arrays are the next `count` operands. Of no code, it
   // is no program, and `has` is false.
-  ffi::Error read(Code code, int64_t count, bool changes_scores, Program& program,
+  ffi::Error read(Code code, int64_t count, bool reads_scores, Program& program,
                   bool& has);
 
   // Whether every operand was an array of some program.

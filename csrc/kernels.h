@@ -1,4 +1,4 @@
-// The kernels of one instruction set, and the choice among the sets.
+// The table of kernels per instruction set, and their dispatch at run time.
 #pragma once
 
 #include "paged.h"
@@ -10,11 +10,11 @@ namespace raptax {
 struct Kernels {
   const char* name;
   bool (*runs_here)();  // whether this machine has the instructions
-  void (*forward)(const Forward&, const Parallel&);
-  void (*backward)(const Backward&, const Parallel&);
-  // Returns -1; or, with nothing done, the entry of the table that names no page and has
-  // a key which the mask program lets a row see.
-  int64_t (*paged)(const Paged&, const Parallel&);
+  void (*forward)(const ForwardParams&, const ThreadPool&);
+  void (*backward)(const BackwardParams&, const ThreadPool&);
+  // Returns -1; or, with nothing written, the flat index of a table entry whose page is
+  // missing and needed: the mask program lets a query read one of its keys.
+  int64_t (*paged)(const PagedParams&, const ThreadPool&);
   void (*run_program)(const ProgramRun&);  // for tests of mod programs
 };
 

@@ -1,5 +1,5 @@
-// Everything that is compiled once per instruction set. csrc/isa/*.cc define RAPTAX_ISA,
-// its name, and RAPTAX_RUNS_HERE, the test for it, and include this.
+// The kernels, compiled once per instruction set: isa/*.cc define RAPTAX_ISA, the
+// namespace, and RAPTAX_RUNS_HERE, the check of the CPU, and include this.
 
 #pragma once
 

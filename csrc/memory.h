@@ -1,12 +1,12 @@
-// Scratch memory that outlives a call, so that a kernel does not pay for fresh pages.
+// Scratch memory that is kept between calls, which saves page faults.
 #pragma once
 
 #include <cstddef>
 
 namespace raptax {
 
-// Memory for one call, 64-byte aligned and not cleared, from a list that all threads
-// share and that keeps what it once had.
+// Uninitialised memory for one call, page-aligned (hence 64-byte aligned), from a free
+// list shared by all threads.
 class Buffer {
  public:
   explicit Buffer(size_t bytes);

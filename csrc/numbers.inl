@@ -1,4 +1,4 @@
-// Numbers of the types that arrays come in, to float32 and back. See problem.h.
+// Conversion of float32, bfloat16 and float16 arrays to float32 vectors and back.
 
 #pragma once
 
@@ -30,7 +30,7 @@ static inline F32 from_f16(U16 x) {
 static inline U16 to_bf16(F32 x) {
   U32 bits = (U32)x, odd = (bits >> 16) & 1u;
   U32 rounded = (bits + 0x7fffu + odd) >> 16;
-  U32 nan = all(uint32_t{0x7fc0});
+  U32 nan = broadcast(uint32_t{0x7fc0});
   return __builtin_convertvector((x == x) ? rounded : nan, U16);
 }
 
@@ -40,7 +40,7 @@ static inline uint16_t f16_of(float x) {
   uint32_t sign = (bits >> 16) & 0x8000, size = bits & 0x7fffffff;
   if (size > 0x7f800000) return static_cast<uint16_t>(sign | 0x7e00);
   if (size >= 0x477ff000) return static_cast<uint16_t>(sign | 0x7c00);  // rounds to Inf
-  if (size < 0x38800000) {  // denormal there: whole numbers of 2^-24, rounded by adding
+  if (size < 0x38800000) {  // denormal float16: a multiple of 2^-24, rounded by the addition
     float shifted = 0, magnitude;
     memcpy(&magnitude, &size, 4);
     shifted = magnitude + 0.5f;
@@ -63,7 +63,7 @@ static inline U16 to_f16(F32 x) {
 #endif
 }
 
-// kLanes numbers from entry `at` on.
+// kLanes elements from index `at` on.
 static inline F32 load_as(Type type, const void* from, int64_t at) {
   if (type == Type::kF32) return load(static_cast<const float*>(from) + at);
   U16 x;
@@ -71,7 +71,7 @@ static inline F32 load_as(Type type, const void* from, int64_t at) {
   return type == Type::kBF16 ? from_bf16(x) : from_f16(x);
 }
 
-// The first `count` numbers from entry `at` on, then zeros; reads nothing beyond.
+// `count` elements from index `at` on, zero-padded; reads nothing beyond.
 static inline F32 load_some(Type type, const void* from, int64_t at, int64_t count) {
   if (count >= kLanes) return load_as(type, from, at);
   float some[kLanes] = {};
@@ -80,7 +80,7 @@ static inline F32 load_some(Type type, const void* from, int64_t at, int64_t cou
   return load_as(type, some, 0);
 }
 
-// The first `count` of the numbers to entry `at` and on.
+// Stores the first `count` lanes at index `at`.
 static inline void store_some(Type type, void* to, int64_t at, F32 x, int64_t count) {
   int64_t size = bytes_of(type);
   char* place = static_cast<char*>(to) + at * size;

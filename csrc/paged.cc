@@ -6,17 +6,17 @@ namespace raptax {
 namespace {
 
 // Pages of sequence b that hold the keys from .. end - 1.
-bool check_ids(const Paged& p, int64_t b, int64_t from, int64_t end, char* message,
+bool check_ids(const PagedParams& p, int64_t b, int64_t from, int64_t end, char* message,
                size_t size) {
   for (int64_t m = from / p.P; from < end && m <= (end - 1) / p.P; ++m) {
-    if (p.held(b, m)) continue;
-    describe_missing(p, b * p.M + m, message, size);
+    if (p.page_exists(b, m)) continue;
+    describe_missing_page(p, b * p.M + m, message, size);
     return false;
   }
   return true;
 }
 
-bool check_sequence(const Paged& p, int64_t b, char* message, size_t size) {
+bool check_sequence(const PagedParams& p, int64_t b, char* message, size_t size) {
   long long rows = p.rows(b), length = p.lengths[b], at = b;
   if (rows < 0 || p.row_offsets[b + 1] > p.R) {
     std::snprintf(message, size,
@@ -43,7 +43,7 @@ bool check_sequence(const Paged& p, int64_t b, char* message, size_t size) {
 
 }  // namespace
 
-void describe_missing(const Paged& p, int64_t entry, char* message, size_t size) {
+void describe_missing_page(const PagedParams& p, int64_t entry, char* message, size_t size) {
   long long b = entry / p.M, m = entry % p.M, page = p.table[entry];
   std::snprintf(message, size,
                 "table[%lld, %lld]=%lld is needed for tokens %lld and on, but the pool "
@@ -52,7 +52,7 @@ void describe_missing(const Paged& p, int64_t entry, char* message, size_t size)
                 static_cast<long long>(p.N - 1));
 }
 
-bool check(const Paged& p, char* message, size_t size) {
+bool check(const PagedParams& p, char* message, size_t size) {
   if (p.layer < 0 || p.layer >= p.L) {
     std::snprintf(message, size, "layer=%lld must lie in [0, %lld).",
                   static_cast<long long>(p.layer), static_cast<long long>(p.L));

@@ -1,5 +1,5 @@
-// The words of paged attention: see src/raptax/kernels/paged.py for what they mean.
-// Letters are those of src/raptax/_types.py.
+// Parameters of paged attention. Semantics: src/raptax/kernels/paged.py; axis letters:
+// src/raptax/_types.py.
 #pragma once
 
 #include <cstddef>
@@ -9,16 +9,16 @@
 
 namespace raptax {
 
-// What pages hold. The last three come with a float32 scale per token and kv head.
-enum class Stored : int32_t { kF32, kBF16, kF16, kS8, kE4M3, kE5M2 };
+// Element types of pages. The last three have a float32 scale per token and kv head.
+enum class PageType : int32_t { kF32, kBF16, kF16, kS8, kE4M3, kE5M2 };
 
-inline int64_t bytes_of(Stored stored) {
-  if (stored == Stored::kF32) return 4;
-  return stored == Stored::kBF16 || stored == Stored::kF16 ? 2 : 1;
+inline int64_t bytes_of(PageType stored) {
+  if (stored == PageType::kF32) return 4;
+  return stored == PageType::kBF16 || stored == PageType::kF16 ? 2 : 1;
 }
 
-struct Paged {
-  int64_t R, B;     // rows of all sequences, sequences
+struct PagedParams {
+  int64_t R, B;     // packed query tokens of all sequences; sequences
   int64_t H, K;     // query heads, key/value heads; H % K == 0
   int64_t D, E;     // head sizes of keys and of values
   int64_t L, N, P;  // layers, pages in the pool, tokens per page
@@ -34,7 +34,7 @@ struct Paged {
   const void* key = nullptr;    // (R, K, D)
   const void* value = nullptr;  // (R, K, E)
 
-  Stored stored;
+  PageType stored;
   void* k_pages;              // (L, N, K, P, D)
   void* v_pages;              // (L, N, K, P, E)
   float* k_scales = nullptr;  // (L, N, K, P); null where pages hold plain numbers
@@ -63,13 +63,13 @@ struct Paged {
     int64_t low = first(b) - band.left;
     return low < 0 ? 0 : low;
   }
-  // One behind the last key that its rows up to `row` may see.
+  // One past the last key that its rows up to `row` may see.
   int64_t end_key(int64_t b, int64_t row) const {
     int64_t high = first(b) + row + band.right + 1;
     return high < keys(b) ? high : keys(b);
   }
   // Whether entry m of the table of sequence b names a page of the pool.
-  bool held(int64_t b, int64_t m) const {
+  bool page_exists(int64_t b, int64_t m) const {
     return table[b * M + m] >= 0 && table[b * M + m] < N;
   }
   // Where token `position` of sequence b lies, counted in tokens of the pool, for kv
@@ -80,13 +80,13 @@ struct Paged {
   }
 };
 
-// Whether every place that will be written, and every one that the band lets a row read,
-// exists. Reads nothing but the table, the lengths and the offsets. If not, `message`
-// says what is wrong. Pages that only a mask program may leave unread pass: the kernel
-// asks the program about them.
-bool check(const Paged& problem, char* message, size_t size);
+// Checks that every page to be written, and every page the band lets a query read,
+// exists. Reads only the table, the lengths and the offsets. If not, `message` says
+// what is wrong. Pages that only the mask program can rule out are left to the kernel,
+// which evaluates it.
+bool check(const PagedParams& problem, char* message, size_t size);
 
-// Writes that `entry` of the table, counted through it, names no page and is needed.
-void describe_missing(const Paged& problem, int64_t entry, char* message, size_t size);
+// Describes the missing page of `entry`, a flat index into the table, in `message`.
+void describe_missing_page(const PagedParams& problem, int64_t entry, char* message, size_t size);
 
 }  // namespace raptax

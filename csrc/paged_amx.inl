@@ -1,5 +1,5 @@
-// Products of bfloat16 on AMX's tiles: 16 rows of 64 bytes each. Query rows come first
-// (16 lines to a tile), so that even one line costs no more than the memory it waits for.
+// bfloat16 products on AMX tiles of 16 rows of 64 bytes. Tiles hold 16 query rows, so
+// that a single one is still bound by memory, not by the product.
 
 #pragma once
 
@@ -11,14 +11,14 @@ namespace RAPTAX_ISA {
 namespace pages {
 
 #if defined(__AMX_BF16__)
-constexpr bool kTiles = true;
+constexpr bool kHasAmx = true;
 #else
-constexpr bool kTiles = false;
+constexpr bool kHasAmx = false;
 #endif
 constexpr int64_t kTile = 16;  // rows of a tile, and its dwords in a row
 
 #if defined(__AMX_BF16__)
-// The tile registers, all of full size, while it lives.
+// Configures all tile registers at full size while it is alive.
 class TileRegisters {
  public:
   TileRegisters() {
@@ -50,10 +50,11 @@ struct KeyTile {
   int64_t stride;
 };
 
-// scores[r, 16 g + j] = lines r of tile t times key j of group g, for 4 groups. `query`
-// holds `chunks` tiles of pairs along D: dword (i, r) are elements 2 i, 2 i + 1 of line r.
+// scores[r, 16 g + j] = query row r . key j of group g, for 4 groups. `query` holds
+// `chunks` tiles of pairs along D: dword (i, r) is elements 2 i, 2 i + 1 of query row
+// r.
 static inline void tile_scores(const char* query, int64_t chunks, const KeyTile* keys,
-                               float* scores, int64_t stride, int64_t lines) {
+                               float* scores, int64_t stride, int64_t query_rows) {
   alignas(64) float products[4][kTile][kTile];
   _tile_zero(0);
   _tile_zero(1);
@@ -79,13 +80,13 @@ static inline void tile_scores(const char* query, int64_t chunks, const KeyTile*
     for (int64_t j = 0; j < kTile; ++j) x[j] = load(products[g][j]);
     transpose(x);
     for (int64_t r = 0; r < kTile; ++r) {
-      if (r < lines) store(scores + r * stride + g * kTile, x[r]);
+      if (r < query_rows) store(scores + r * stride + g * kTile, x[r]);
     }
   }
 }
 
-// Values of 32 keys as tiles of pairs along the keys, 16 columns each. Columns change
-// places within 32, as the cheapest shuffle has it: see `tile_order`.
+// Packs the values of 32 keys as tiles of pairs along the keys, 16 columns each.
+// Columns are permuted within 32 by the cheapest shuffle: see restore_columns.
 template <typename Element>
 static inline void pack_values(const char* const* rows, const char* const* ahead, int64_t size,
                                char* packed) {
@@ -105,7 +106,8 @@ static inline void pack_values(const char* const* rows, const char* const* ahead
   }
 }
 
-// out[r, e] = sum over `steps` times 32 keys of weights[r] times packed values: 16 lines.
+// out[r, e] = sum over `steps` * 32 keys of weights[r] times packed values, 16 query
+// rows.
 static inline void tile_values(const uint16_t* weights, int64_t weight_stride,
                                const char* packed, int64_t step_bytes, int64_t steps,
                                int64_t size, float* out) {
@@ -137,7 +139,7 @@ static inline void tile_values(const uint16_t* weights, int64_t weight_stride,
 }
 #endif
 
-// Columns as `tile_values` makes them, 32 at a time, back in order.
+// Undoes the permutation of columns that `pack_values` makes, 32 at a time.
 static inline void restore_columns(const float* from, int64_t size, float* to) {
   for (int64_t e = 0; e < size; e += 32) {
     for (int64_t i = 0; i < 32; i += 4) {

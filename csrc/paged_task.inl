@@ -1,13 +1,15 @@
-// One task of attention to pages: up to kLines lines, or a split of their keys.
+// One task of paged attention: up to kQueryRows query rows against all their keys, or
+// against one split of the keys.
 //
-// A line is one query row of one head; those of one sequence and one kv head read the
-// same keys, so a task takes up to kLines of them. Keys go in blocks of kBlock, whose
-// scores become weights before the next block comes, and in splits of kSplit, whose
-// results are put together in order. Blocks and splits are cut by position alone: what
-// a row gets depends neither on the other sequences nor on the number of threads.
+// A query row is one token x one head of a group; those of one sequence and one kv head
+// read the same keys. Keys are processed in blocks of kBlock and splits of kSplit,
+// whose partial results are merged in order. Block and split boundaries depend on
+// positions alone, so a row's result depends neither on the other sequences nor on the
+// number of threads.
 //
-// NaN and Inf are looked for in what comes out, which is little, rather than in what is
-// read: only if there are any is a block done again with care.
+// NaN and Inf are detected in the results of a block, which are small, rather than in
+// its keys and values; only then is the block repeated with each key checked
+// (`careful`).
 
 #pragma once
 
@@ -21,67 +23,67 @@ namespace RAPTAX_ISA {
 namespace pages {
 
 constexpr int64_t kSplit = 1024, kBlock = 128;
-constexpr int64_t kLines = 128;  // of a task
-constexpr int64_t kFew = 8;      // up to here a packed copy of the keys does not pay
-constexpr int64_t kRounded = 16;  // row pointers come in multiples of so many
+constexpr int64_t kQueryRows = 128;  // of a task
+constexpr int64_t kDirectRows = 8;      // up to here packing the keys does not pay
+constexpr int64_t kPointerMultiple = 16;  // row pointers are padded to a multiple of it
 
-// ------------------------------------------------------------------ the softmax so far
-// One line's state: E sums of weighted values, padded, and then these three.
-enum { kHigh = 0, kTotal = 1, kPoison = 2, kStateTail = 16 };
+// -------------------------------------------------------------------- online softmax
+// State of a query row: E weighted sums of values, padded, then these three.
+enum { kRowMax = 0, kRowSum = 1, kPoison = 2, kStateTail = 16 };
 
 static void clear(float* state, int64_t size) {
   memset(state, 0, static_cast<size_t>(size + kStateTail) * sizeof(float));
-  state[size + kHigh] = -kInf;
+  state[size + kRowMax] = -kInf;
 }
 
-// into = what both saw. An empty state changes nothing.
+// Merges two partial states into `into`. An empty state is the identity.
 __attribute__((noinline)) static void merge(float* into, const float* from, int64_t size) {
   into[size + kPoison] += from[size + kPoison];
-  float a = into[size + kHigh], b = from[size + kHigh];
-  float high = a > b ? a : b;
-  if (high == -kInf) return;
-  a = shrink_from(a, high), b = shrink_from(b, high);
-  F32 va = all(a), vb = all(b);
+  float a = into[size + kRowMax], b = from[size + kRowMax];
+  float row_max = a > b ? a : b;
+  if (row_max == -kInf) return;
+  a = exp_difference(a, row_max), b = exp_difference(b, row_max);
+  F32 va = broadcast(a), vb = broadcast(b);
   for (int64_t e = 0; e < size; e += kLanes) {
     store(into + e, load(into + e) * va + load(from + e) * vb);
   }
-  into[size + kTotal] = into[size + kTotal] * a + from[size + kTotal] * b;
-  into[size + kHigh] = high;
+  into[size + kRowSum] = into[size + kRowSum] * a + from[size + kRowSum] * b;
+  into[size + kRowMax] = row_max;
 }
 
 // ------------------------------------------------------------------------- one call
 
-// How a sequence is cut into tasks.
-struct Cut {
+// How a sequence is split into tasks.
+struct TaskPlan {
   int64_t first_task;
-  int64_t chunks;   // of lines
+  int64_t chunks;   // of query rows
   int64_t splits;   // of keys, each a task of its own; 0 if tasks take all their keys
-  int64_t partial;  // where its partial states begin, in lines
+  int64_t partial;  // first of its partial states
 };
 
 struct Call {
-  const Paged& p;
+  const PagedParams& p;
   int64_t G, Dp, Ep;  // heads of a group; padded head sizes
-  const Cut* cuts;
+  const TaskPlan* plans;
   float* partials;
-  int32_t* left;  // (B, K): splits that are not done
+  int32_t* splits_left;  // (B, K): splits that are not done
 
-  int64_t lines(int64_t b) const { return p.rows(b) * G; }
+  int64_t query_rows(int64_t b) const { return p.rows(b) * G; }
   int64_t pitch() const { return Ep + kStateTail; }
-  // Keys that some of the lines may see.
-  int64_t low(int64_t b, int64_t line) const {
-    return most(0, p.first(b) + line / G - p.band.left);
+  // Range of keys visible to some query rows.
+  int64_t first_key(int64_t b, int64_t query_row) const {
+    return max(0, p.first(b) + query_row / G - p.band.left);
   }
-  int64_t high(int64_t b, int64_t last_line) const { return p.end_key(b, last_line / G); }
+  int64_t end_key(int64_t b, int64_t last_query_row) const { return p.end_key(b, last_query_row / G); }
 };
 
 // Keys first .. first + count - 1 of one sequence and kv head.
 struct Block {
   int64_t first = 0, count = 0;
-  bool missing = false;  // none of them lies in a page: the mask has emptied them all
+  bool missing = false;  // no page holds any of them: all are masked
   const char* keys[kBlock];
   const char* values[kBlock];
-  const char* keys_ahead[kBlock];  // rows that come kAhead bytes later
+  const char* keys_ahead[kBlock];  // the rows kAhead bytes later, to prefetch
   const char* values_ahead[kBlock];
   float key_scales[kBlock], value_scales[kBlock];
 };
@@ -91,76 +93,76 @@ struct Block {
 template <typename Element>
 class Task {
  public:
-  Task(const Call& call, int64_t b, int64_t k, int64_t first_line, int64_t lines)
-      : call_(call), p_(call.p), b_(b), k_(k), first_line_(first_line), lines_(lines),
-        way_(way_of(call.p, lines)), padded_(pad_lines(way_, lines)), Dp_(call.Dp), Ep_(call.Ep), buffer_(lay_out(nullptr)) {
+  Task(const Call& call, int64_t b, int64_t k, int64_t first_query_row, int64_t query_rows)
+      : call_(call), p_(call.p), b_(b), k_(k), first_query_row_(first_query_row), query_rows_(query_rows),
+        gemm_(choose_gemm(call.p, query_rows)), padded_(pad_query_rows(gemm_, query_rows)), Dp_(call.Dp), Ep_(call.Ep), buffer_(lay_out(nullptr)) {
     lay_out(buffer_.template as<char>());
-    memset(zeros_, 0, static_cast<size_t>(4 * most(Dp_, Ep_)));
-    if (way_ == kOnTiles) memset(halves_, 0, static_cast<size_t>(padded_ * kBlock) * 2);
+    memset(zeros_, 0, static_cast<size_t>(4 * max(Dp_, Ep_)));
+    if (gemm_ == kAmxTiles) memset(bf16_weights_, 0, static_cast<size_t>(padded_ * kBlock) * 2);
     read_query();
   }
 
-  // State of all lines after keys low .. high - 1; `states` has a row per line.
-  void run(int64_t low, int64_t high, float* states) {
-    for (int64_t r = 0; r < lines_; ++r) clear(states + r * call_.pitch(), Ep_);
+  // States of all query rows after keys first_key .. end_key - 1.
+  void run(int64_t first_key, int64_t end_key, float* states) {
+    for (int64_t r = 0; r < query_rows_; ++r) clear(states + r * call_.pitch(), Ep_);
     Block blocks[2];
-    find(blocks[0], low, high);
+    load_block(blocks[0], first_key, end_key);
     for (int i = 0; blocks[i].count > 0; i = 1 - i) {
       Block &now = blocks[i], &next = blocks[1 - i];
-      find(next, now.first + now.count, high);
-      look_ahead(p_.D, now.count, now.keys, next.keys, now.keys_ahead);
-      look_ahead(p_.E, now.count, now.values, next.values, now.values_ahead);
+      load_block(next, now.first + now.count, end_key);
+      set_prefetch(p_.D, now.count, now.keys, next.keys, now.keys_ahead);
+      set_prefetch(p_.E, now.count, now.values, next.values, now.values_ahead);
       if (now.missing) continue;
       pad(now);
       if (!attend(now, false, states)) {
-        inspect(now);
+        zero_nonfinite(now);
         attend(now, true, states);
       }
     }
-    for (int64_t r = 0; r < lines_; ++r) {
+    for (int64_t r = 0; r < query_rows_; ++r) {
       float* state = states + r * call_.pitch() + Ep_;
-      if (bad_query_[r] && state[kTotal] > 0) state[kPoison] = __builtin_nanf("");
+      if (nonfinite_query_[r] && state[kRowSum] > 0) state[kPoison] = __builtin_nanf("");
     }
   }
 
-  // All keys of the lines, split by split.
+  // All keys, split by split.
   void run_all() {
     int64_t pitch = call_.pitch();
-    Buffer buffer(static_cast<size_t>(lines_ * pitch) * sizeof(float));
+    Buffer buffer(static_cast<size_t>(query_rows_ * pitch) * sizeof(float));
     float* whole = buffer.template as<float>();
-    for (int64_t r = 0; r < lines_; ++r) clear(whole + r * pitch, Ep_);
-    int64_t low = call_.low(b_, first_line_), high = call_.high(b_, first_line_ + lines_ - 1);
-    while (low < high) {
-      int64_t end = least(high, (low / kSplit + 1) * kSplit);
-      run(low, end, state_);
-      for (int64_t r = 0; r < lines_; ++r) merge(whole + r * pitch, state_ + r * pitch, Ep_);
-      low = end;
+    for (int64_t r = 0; r < query_rows_; ++r) clear(whole + r * pitch, Ep_);
+    int64_t first_key = call_.first_key(b_, first_query_row_), end_key = call_.end_key(b_, first_query_row_ + query_rows_ - 1);
+    while (first_key < end_key) {
+      int64_t end = min(end_key, (first_key / kSplit + 1) * kSplit);
+      run(first_key, end, state_);
+      for (int64_t r = 0; r < query_rows_; ++r) merge(whole + r * pitch, state_ + r * pitch, Ep_);
+      first_key = end;
     }
-    for (int64_t r = 0; r < lines_; ++r) {
-      write(call_, b_, k_, first_line_ + r, lines_, whole + r * pitch, rows_);
+    for (int64_t r = 0; r < query_rows_; ++r) {
+      write(call_, b_, k_, first_query_row_ + r, query_rows_, whole + r * pitch, rows_);
     }
   }
 
-  // Writes what a state comes to. `lines` are those of the task that made it; `scratch`
+  // Writes what a state comes to. `query_rows` are those of the task that made it; `scratch`
   // has room for two rows of values.
-  static void write(const Call& call, int64_t b, int64_t k, int64_t line, int64_t lines,
+  static void write(const Call& call, int64_t b, int64_t k, int64_t query_row, int64_t query_rows,
                     const float* state, float* scratch) {
-    const Paged& p = call.p;
-    int64_t row = p.row_offsets[b] + line / call.G, head = k * call.G + line % call.G;
+    const PagedParams& p = call.p;
+    int64_t row = p.row_offsets[b] + query_row / call.G, head = k * call.G + query_row % call.G;
     float sink = p.sinks == nullptr ? -kInf : p.sinks[head];
-    float high = __builtin_fmaxf(state[call.Ep + kHigh], sink), shrink = 1;
-    float total = state[call.Ep + kTotal];
+    float row_max = __builtin_fmaxf(state[call.Ep + kRowMax], sink), rescale = 1;
+    float total = state[call.Ep + kRowSum];
     if (sink > -kInf) {
-      shrink = shrink_from(state[call.Ep + kHigh], high);
-      total = total * shrink + shrink_from(sink, high);
+      rescale = exp_difference(state[call.Ep + kRowMax], row_max);
+      total = total * rescale + exp_difference(sink, row_max);
     }
-    float factor = total == 0 ? 0.0f : shrink / total;
-    float lse = total == 0 ? -kInf : high + __builtin_logf(total);
+    float factor = total == 0 ? 0.0f : rescale / total;
+    float lse = total == 0 ? -kInf : row_max + __builtin_logf(total);
     if (state[call.Ep + kPoison] != 0 || !(sink < kInf)) factor = lse = __builtin_nanf("");
     p.lse[row * p.H + head] = lse;
     for (int64_t e = 0; e < call.Ep; e += kLanes) store(scratch + e, load(state + e) * factor);
     float* ordered = scratch + call.Ep;
-    if (way_of(p, lines) == kOnTiles) {
+    if (choose_gemm(p, query_rows) == kAmxTiles) {
       restore_columns(scratch, call.Ep, ordered);
     } else {
       restore<Element>(scratch, call.Ep, ordered);
@@ -169,20 +171,20 @@ class Task {
   }
 
  private:
-  // How products are done. It follows from the lines alone, not from where they run.
-  enum Way { kFewLines, kPacked, kOnTiles };
+  // Which GEMM: depends on the number of query rows, not on the machine's load.
+  enum Gemm { kDirectDot, kPackedF32, kAmxTiles };
 
-  static Way way_of(const Paged& p, int64_t lines) {
-    if (lines <= kFew) return kFewLines;
-    bool tiles = kTiles && Element::kFitsBFloat16 && p.type == Type::kBF16;
-    return tiles ? kOnTiles : kPacked;
+  static Gemm choose_gemm(const PagedParams& p, int64_t query_rows) {
+    if (query_rows <= kDirectRows) return kDirectDot;
+    bool tiles = kHasAmx && Element::kFitsBFloat16 && p.type == Type::kBF16;
+    return tiles ? kAmxTiles : kPackedF32;
   }
-  static int64_t pad_lines(Way way, int64_t lines) {
-    if (way == kOnTiles) return round_up(lines, kTile);
-    if (way == kPacked) return round_up(lines, kRows);
-    return lines <= 2 ? lines : round_up(lines, 4);
+  static int64_t pad_query_rows(Gemm gemm, int64_t query_rows) {
+    if (gemm == kAmxTiles) return round_up(query_rows, kTile);
+    if (gemm == kPackedF32) return round_up(query_rows, kMicroRows);
+    return query_rows <= 2 ? query_rows : round_up(query_rows, 4);
   }
-  // Puts the scratch arrays one after another from `base` on; returns their size.
+  // Assigns scratch memory from `base` on; returns its size in bytes.
   size_t lay_out(char* base) {
     int64_t used = 0;
     auto place = [&](auto*& array, int64_t count) {
@@ -192,12 +194,12 @@ class Task {
     place(query_, padded_ * Dp_);
     place(scores_, padded_ * kBlock);
     place(values_, padded_ * Ep_);
-    place(state_, lines_ * call_.pitch());
-    place(rows_, 2 * most(Dp_, Ep_));
-    place(zeros_, 4 * most(Dp_, Ep_));
-    place(k_packed_, way_ == kFewLines ? 0 : Dp_ * kBlock);
-    place(v_packed_, way_ == kFewLines ? 0 : kBlock * Ep_);
-    place(halves_, way_ == kOnTiles ? padded_ * kBlock : 0);
+    place(state_, query_rows_ * call_.pitch());
+    place(rows_, 2 * max(Dp_, Ep_));
+    place(zeros_, 4 * max(Dp_, Ep_));
+    place(k_packed_, gemm_ == kDirectDot ? 0 : Dp_ * kBlock);
+    place(v_packed_, gemm_ == kDirectDot ? 0 : kBlock * Ep_);
+    place(bf16_weights_, gemm_ == kAmxTiles ? padded_ * kBlock : 0);
     place(program_memory_, static_cast<int64_t>(program_bytes()));
     place(k_copies_, p_.D == Dp_ ? 0 : kBlock * Dp_ * Element::kBytes);
     place(v_copies_, p_.E == Ep_ ? 0 : kBlock * Ep_ * Element::kBytes);
@@ -207,13 +209,13 @@ class Task {
   void read_query() {
     memset(query_, 0, static_cast<size_t>(padded_ * Dp_) * sizeof(float));
     memset(rows_, 0, static_cast<size_t>(Dp_) * sizeof(float));
-    for (int64_t r = 0; r < lines_; ++r) {
-      int64_t line = first_line_ + r, head = k_ * call_.G + line % call_.G;
-      int64_t from = ((p_.row_offsets[b_] + line / call_.G) * p_.H + head) * p_.D;
-      bad_query_[r] = !read_numbers(p_.type, p_.query, from, p_.D, rows_);
-      if (bad_query_[r]) continue;
-      if (way_ == kOnTiles) {
-        line_to_tiles(r);
+    for (int64_t r = 0; r < query_rows_; ++r) {
+      int64_t query_row = first_query_row_ + r, head = k_ * call_.G + query_row % call_.G;
+      int64_t from = ((p_.row_offsets[b_] + query_row / call_.G) * p_.H + head) * p_.D;
+      nonfinite_query_[r] = !read_numbers(p_.type, p_.query, from, p_.D, rows_);
+      if (nonfinite_query_[r]) continue;
+      if (gemm_ == kAmxTiles) {
+        query_row_to_tiles(r);
       } else {
         arrange<Element>(rows_, Dp_, query_ + r * Dp_);
       }
@@ -226,58 +228,58 @@ class Task {
     return mask > score ? mask : score;
   }
 
-  // Runs a program over the scores of all lines: those of one head lie call_.G apart.
+  // Runs a program over all scores; the query rows of a head are call_.G apart.
   template <typename Run>
   void run_program(const Program& program, const Block& block, const Run& run) {
     Runner runner(program, Along::kKeys, kBlock, program_memory_);
     int64_t G = call_.G;
     for (int64_t g = 0; g < G; ++g) {
-      int64_t r = (g - first_line_ % G + G) % G;
-      if (r >= lines_) continue;
+      int64_t r = (g - first_query_row_ % G + G) % G;
+      if (r >= query_rows_) continue;
       runner.begin(b_, k_ * G + g);
       runner.columns(block.first, block.count);
-      run(runner, p_.first(b_) + (first_line_ + r) / G, (lines_ - r + G - 1) / G,
+      run(runner, p_.first(b_) + (first_query_row_ + r) / G, (query_rows_ - r + G - 1) / G,
           scores_ + r * kBlock);
     }
   }
 
-  // Score change and mask, in this order.
+  // score_mod, then mask.
   void run_programs(const Block& block) {
     int64_t stride = call_.G * kBlock;
     if (p_.score_program != nullptr) {
       run_program(*p_.score_program, block,
                   [&](Runner& runner, int64_t position, int64_t rows, float* scores) {
-                    runner.change(position, rows, scores, stride);
+                    runner.apply_score_mod(position, rows, scores, stride);
                   });
     }
     if (p_.mask_program != nullptr) {
       run_program(*p_.mask_program, block,
                   [&](Runner& runner, int64_t position, int64_t rows, float* scores) {
-                    runner.mask(position, rows, scores, stride);
+                    runner.apply_mask(position, rows, scores, stride);
                   });
     }
   }
 
-  // Line r in bfloat16: pairs along D, 16 lines beside each other in a tile.
-  void line_to_tiles(int64_t r) {
+  // Query row r in bfloat16: pairs along D, 16 query rows to a tile.
+  void query_row_to_tiles(int64_t r) {
     uint32_t* tiles = reinterpret_cast<uint32_t*>(query_) + r / kTile * Dp_ / 2 * kTile;
     for (int64_t i = 0; i < Dp_ / 2; ++i) {
-      uint32_t low = float_to_bits(rows_[2 * i]) >> 16;
-      tiles[i * kTile + r % kTile] = low | (float_to_bits(rows_[2 * i + 1]) & 0xffff0000u);
+      uint32_t first_key = float_to_bits(rows_[2 * i]) >> 16;
+      tiles[i * kTile + r % kTile] = first_key | (float_to_bits(rows_[2 * i + 1]) & 0xffff0000u);
     }
   }
 
   // The block that begins at `first`; empty if that is `end`.
-  void find(Block& block, int64_t first, int64_t end) const {
+  void load_block(Block& block, int64_t first, int64_t end) const {
     block.first = first;
-    block.count = least(end, (first / kBlock + 1) * kBlock) - first;
+    block.count = min(end, (first / kBlock + 1) * kBlock) - first;
     if (block.count < 0) block.count = 0;
     block.missing = block.count > 0;
     int64_t key_bytes = p_.D * Element::kBytes, value_bytes = p_.E * Element::kBytes;
     for (int64_t j = 0; j < block.count;) {
-      int64_t run = least(p_.P - (first + j) % p_.P, block.count - j);
-      if (!p_.held(b_, (first + j) / p_.P)) {
-        leave_out(block, j, j + run);
+      int64_t run = min(p_.P - (first + j) % p_.P, block.count - j);
+      if (!p_.page_exists(b_, (first + j) / p_.P)) {
+        use_zeros(block, j, j + run);
         j += run;
         continue;
       }
@@ -296,24 +298,24 @@ class Task {
       }
       j += run;
     }
-    leave_out(block, block.count, kBlock);
+    use_zeros(block, block.count, kBlock);
   }
 
   // Rows from .. end - 1 of the block are zeros.
-  void leave_out(Block& block, int64_t from, int64_t end) const {
+  void use_zeros(Block& block, int64_t from, int64_t end) const {
     for (int64_t j = from; j < end; ++j) {
       block.keys[j] = block.values[j] = zeros_;
       block.key_scales[j] = block.value_scales[j] = 0;
     }
   }
 
-  static void look_ahead(int64_t size, int64_t count, const char* const* rows,
+  static void set_prefetch(int64_t size, int64_t count, const char* const* rows,
                          const char* const* next, const char** ahead) {
-    int64_t distance = most(1, least(kAhead / (size * Element::kBytes), kBlock - 1));
-    int64_t here = most(0, count - distance);
+    int64_t distance = max(1, min(kAhead / (size * Element::kBytes), kBlock - 1));
+    int64_t here = max(0, count - distance);
     for (int64_t j = 0; j < here; ++j) ahead[j] = rows[j + distance];
     for (int64_t j = here; j < kBlock; ++j) {
-      ahead[j] = next[least(j + distance - count, kBlock - 1)];
+      ahead[j] = next[min(j + distance - count, kBlock - 1)];
     }
   }
 
@@ -335,7 +337,7 @@ class Task {
 
   static bool finite_row(const char* row, int64_t size) {
     I32 bad = {};
-    for (int64_t i = 0; i < size; i += kStep) {
+    for (int64_t i = 0; i < size; i += kPairLanes) {
       F32 a, b;
       Element::pair(row, i, a, b);
       bad |= (a - a != 0) | (b - b != 0);
@@ -344,7 +346,7 @@ class Task {
   }
 
   // Finds the keys that are not finite, or whose values are not, and zeros them.
-  void inspect(Block& block) {
+  void zero_nonfinite(Block& block) {
     for (int64_t j = 0; j < kBlock; ++j) {
       float scales = block.key_scales[j] + block.value_scales[j];
       bool finite = finite_row(block.keys[j], Dp_) && finite_row(block.values[j], Ep_) &&
@@ -356,66 +358,66 @@ class Task {
     }
   }
 
-  // Takes in a block. False, and nothing changed, if care is needed and was not taken.
+  // Adds a block. Returns false, with nothing changed, if it needs `careful`.
   bool attend(const Block& block, bool careful, float* states) {
     multiply_keys(block);
     if (!scale_scores(block, careful)) return false;
     run_programs(block);
-    if (p_.band.left < Band::kUnlimited || p_.band.right < Band::kUnlimited) limit(block);
-    for (int64_t r = 0; r < lines_; ++r) weigh(block, r, states + r * call_.pitch() + Ep_);
+    if (p_.band.left < Band::kUnlimited || p_.band.right < Band::kUnlimited) apply_band(block);
+    for (int64_t r = 0; r < query_rows_; ++r) softmax_row(block, r, states + r * call_.pitch() + Ep_);
     multiply_values(block);
     if (!careful && !finite_values()) return false;
-    for (int64_t r = 0; r < lines_; ++r) {
+    for (int64_t r = 0; r < query_rows_; ++r) {
       float* state = states + r * call_.pitch();
-      F32 shrink = all(shrink_[r]);
+      F32 rescale = broadcast(rescale_[r]);
       for (int64_t e = 0; e < Ep_; e += kLanes) {
-        store(state + e, load(state + e) * shrink + load(values_ + r * Ep_ + e));
+        store(state + e, load(state + e) * rescale + load(values_ + r * Ep_ + e));
       }
-      state[Ep_ + kTotal] = state[Ep_ + kTotal] * shrink_[r] + sum_[r];
-      state[Ep_ + kHigh] = high_[r];
-      state[Ep_ + kPoison] += line_poison_[r];
+      state[Ep_ + kRowSum] = state[Ep_ + kRowSum] * rescale_[r] + sum_[r];
+      state[Ep_ + kRowMax] = row_max_[r];
+      state[Ep_ + kPoison] += row_poison_[r];
     }
     return true;
   }
 
   void multiply_keys(const Block& block) {
-    int64_t count = round_up(block.count, kRounded);
-    if (way_ == kPacked) return pack_and_multiply_keys(block);
-    if (way_ == kOnTiles) return multiply_keys_on_tiles(block);
+    int64_t count = round_up(block.count, kPointerMultiple);
+    if (gemm_ == kPackedF32) return pack_and_multiply_keys(block);
+    if (gemm_ == kAmxTiles) return multiply_keys_on_tiles(block);
     int64_t r = 0;
     for (; r + 4 <= padded_; r += 4) {
-      few_scores<Element, 4>(query_ + r * Dp_, Dp_, block.keys, block.keys_ahead, count,
+      direct_scores<Element, 4>(query_ + r * Dp_, Dp_, block.keys, block.keys_ahead, count,
                              scores_ + r * kBlock, kBlock);
     }
     if (padded_ - r == 2) {
-      few_scores<Element, 2>(query_, Dp_, block.keys, block.keys_ahead, count, scores_, kBlock);
+      direct_scores<Element, 2>(query_, Dp_, block.keys, block.keys_ahead, count, scores_, kBlock);
     } else if (padded_ - r == 1) {
-      few_scores<Element, 1>(query_, Dp_, block.keys, block.keys_ahead, count, scores_, kBlock);
+      direct_scores<Element, 1>(query_, Dp_, block.keys, block.keys_ahead, count, scores_, kBlock);
     }
   }
 
   void multiply_values(const Block& block) {
-    if (way_ == kPacked) return pack_and_multiply_values(block);
-    if (way_ == kOnTiles) return multiply_values_on_tiles(block);
+    if (gemm_ == kPackedF32) return pack_and_multiply_values(block);
+    if (gemm_ == kAmxTiles) return multiply_values_on_tiles(block);
     int64_t r = 0;
     for (; r + 4 <= padded_; r += 4) {
-      few_values<Element, 4>(scores_ + r * kBlock, kBlock, block.values, block.values_ahead,
+      direct_values<Element, 4>(scores_ + r * kBlock, kBlock, block.values, block.values_ahead,
                              block.count, values_ + r * Ep_, Ep_);
     }
     if (padded_ - r == 2) {
-      few_values<Element, 2>(scores_, kBlock, block.values, block.values_ahead, block.count,
+      direct_values<Element, 2>(scores_, kBlock, block.values, block.values_ahead, block.count,
                              values_, Ep_);
     } else if (padded_ - r == 1) {
-      few_values<Element, 1>(scores_, kBlock, block.values, block.values_ahead, block.count,
+      direct_values<Element, 1>(scores_, kBlock, block.values, block.values_ahead, block.count,
                              values_, Ep_);
     }
   }
 
-  // Many lines: keys become float32 columns, values float32 rows.
+  // Many query rows: keys are packed as float32 columns, values as float32 rows.
   void pack_and_multiply_keys(const Block& block) {
-    int64_t columns = round_up(block.count, kColumns * kLanes);
+    int64_t columns = round_up(block.count, kMicroVectors * kLanes);
     for (int64_t j = 0; j < columns; j += kLanes) {
-      for (int64_t d = 0; d < Dp_; d += kStep) {
+      for (int64_t d = 0; d < Dp_; d += kPairLanes) {
         F32 a[kLanes], b[kLanes];
         for (int i = 0; i < kLanes; ++i) Element::pair(block.keys[j + i], d, a[i], b[i]);
         transpose(a), transpose(b);
@@ -425,23 +427,23 @@ class Task {
         }
       }
     }
-    product(padded_, columns, Dp_, query_, Dp_, k_packed_, kBlock, scores_, kBlock);
+    gemm(padded_, columns, Dp_, query_, Dp_, k_packed_, kBlock, scores_, kBlock);
   }
 
   void pack_and_multiply_values(const Block& block) {
     for (int64_t j = 0; j < block.count; ++j) {
-      for (int64_t e = 0; e < Ep_; e += kStep) {
+      for (int64_t e = 0; e < Ep_; e += kPairLanes) {
         F32 a, b;
         Element::pair(block.values[j], e, a, b);
         store(v_packed_ + j * Ep_ + e, a);
         store(v_packed_ + j * Ep_ + e + kLanes, b);
       }
     }
-    product(padded_, Ep_, block.count, scores_, kBlock, v_packed_, Ep_, values_, Ep_);
+    gemm(padded_, Ep_, block.count, scores_, kBlock, v_packed_, Ep_, values_, Ep_);
   }
 
 #if defined(__AMX_BF16__)
-  // Where the tile with keys j to j + 15 lies: in their page, or a copy in bfloat16.
+  // The tile of keys j to j + 15: in their page, or a bfloat16 copy.
   KeyTile key_tile(const Block& block, int64_t j) {
     if (j >= block.count) return {zeros_, 0};
     int64_t stride = 2 * Dp_;
@@ -469,7 +471,7 @@ class Task {
       for (int64_t g = 0; g < 4; ++g) keys[g] = key_tile(block, j + g * kTile);
       for (int64_t r = 0; r < padded_; r += kTile) {
         tile_scores(query + r * 2 * Dp_, Dp_ / 32, keys, scores_ + r * kBlock + j, kBlock,
-                    lines_ - r);
+                    query_rows_ - r);
       }
       for (int64_t i = j; i < j + 4 * kTile; ++i) prefetch(block.keys_ahead[i], Dp_ * Element::kBytes);
     }
@@ -482,16 +484,16 @@ class Task {
       pack_values<Element>(block.values + 32 * s, block.values_ahead + 32 * s, Ep_,
                            packed + s * step_bytes);
     }
-    for (int64_t r = 0; r < lines_; ++r) {
+    for (int64_t r = 0; r < query_rows_; ++r) {
       float* weights = scores_ + r * kBlock;
       if ((block.count - 1) % 32 < kLanes) store(weights + 32 * steps - kLanes, F32{});
       for (int64_t j = 0; j < 32 * steps; j += 32) {
         __m512i x = read_bfloat16<Float32>(reinterpret_cast<char*>(weights), j);
-        memcpy(halves_ + r * kBlock + j, &x, 64);
+        memcpy(bf16_weights_ + r * kBlock + j, &x, 64);
       }
     }
     for (int64_t r = 0; r < padded_; r += kTile) {
-      tile_values(halves_ + r * kBlock, kBlock, packed, step_bytes, steps, Ep_,
+      tile_values(bf16_weights_ + r * kBlock, kBlock, packed, step_bytes, steps, Ep_,
                   values_ + r * Ep_);
     }
   }
@@ -500,89 +502,89 @@ class Task {
   void multiply_values_on_tiles(const Block&) {}
 #endif
 
-  // Whether all scores are finite, or care was taken.
+  // Returns whether all scores are finite, or `careful`.
   bool scale_scores(const Block& block, bool careful) {
-    I32 odd = {};
-    F32 scale = all(p_.scale);
-    for (int64_t r = 0; r < lines_; ++r) {
+    I32 nonfinite = {};
+    F32 scale = broadcast(p_.scale);
+    for (int64_t r = 0; r < query_rows_; ++r) {
       float* scores = scores_ + r * kBlock;
       for (int64_t j = 0; j < block.count; j += kLanes) {
         F32 x = load(scores + j) * scale;
         if (p_.k_scales != nullptr) x *= load(block.key_scales + j);
         if (careful) x += load(poison_ + j);
-        odd |= x - x != 0;
+        nonfinite |= x - x != 0;
         store(scores + j, x);
       }
     }
-    return careful || !any_lane(odd);
+    return careful || !any_lane(nonfinite);
   }
 
   // Scores outside the band become -inf.
-  void limit(const Block& block) {
-    for (int64_t r = 0; r < lines_; ++r) {
-      int64_t position = p_.first(b_) + (first_line_ + r) / call_.G - block.first;
-      int64_t low = least(most(position - p_.band.left, 0), block.count);
-      int64_t high = most(least(position + p_.band.right + 1, block.count), low);
+  void apply_band(const Block& block) {
+    for (int64_t r = 0; r < query_rows_; ++r) {
+      int64_t position = p_.first(b_) + (first_query_row_ + r) / call_.G - block.first;
+      int64_t first = min(max(position - p_.band.left, 0), block.count);
+      int64_t end = max(min(position + p_.band.right + 1, block.count), first);
       float* scores = scores_ + r * kBlock;
-      for (int64_t j = 0; j < low; ++j) scores[j] = -kInf;
-      for (int64_t j = high; j < block.count; ++j) scores[j] = -kInf;
+      for (int64_t j = 0; j < first; ++j) scores[j] = -kInf;
+      for (int64_t j = end; j < block.count; ++j) scores[j] = -kInf;
     }
   }
 
-  // Scores of line r become weights; what the state has to know of them is put aside.
-  void weigh(const Block& block, int64_t r, const float* tail) {
+  // Online softmax of query row r: scores become weights, statistics go to members.
+  void softmax_row(const Block& block, int64_t r, const float* tail) {
     float* scores = scores_ + r * kBlock;
     int64_t count = round_up(block.count, kLanes);
     for (int64_t j = block.count; j < count; ++j) scores[j] = -kInf;
-    F32 highest = all(-kInf);
-    I32 odd = {};
+    F32 largest = broadcast(-kInf);
+    I32 nonfinite = {};
     for (int64_t j = 0; j < count; j += kLanes) {
       F32 x = load(scores + j);
-      odd |= (x != x) | (x == kInf);
-      highest = larger(highest, x);
+      nonfinite |= (x != x) | (x == kInf);
+      largest = max(largest, x);
     }
-    line_poison_[r] = 0;
-    if (any_lane(odd)) {  // such a score makes the whole line NaN; the rest is moot
-      line_poison_[r] = __builtin_nanf("");
+    row_poison_[r] = 0;
+    if (any_lane(nonfinite)) {  // such a score makes the whole row NaN
+      row_poison_[r] = __builtin_nanf("");
       for (int64_t j = 0; j < count; ++j) scores[j] = -kInf;
-      highest = all(-kInf);
+      largest = broadcast(-kInf);
     }
-    float high = __builtin_fmaxf(tail[kHigh], largest_of(highest));
-    bool nothing = high == -kInf;
-    shrink_[r] = nothing ? 1.0f : shrink_from(tail[kHigh], high);
-    high_[r] = high;
-    F32 sum = {}, shift = all(nothing ? 0.0f : high), log2e = all(kLog2E);
+    float row_max = __builtin_fmaxf(tail[kRowMax], reduce_max(largest));
+    bool none_visible = row_max == -kInf;
+    rescale_[r] = none_visible ? 1.0f : exp_difference(tail[kRowMax], row_max);
+    row_max_[r] = row_max;
+    F32 sum = {}, shift = broadcast(none_visible ? 0.0f : row_max), log2e = broadcast(kLog2OfE);
     for (int64_t j = 0; j < count; j += kLanes) {
-      F32 weight = power((load(scores + j) - shift) * log2e);
+      F32 weight = exp2_nonpositive((load(scores + j) - shift) * log2e);
       sum += weight;
       if (p_.k_scales != nullptr) weight *= load(block.value_scales + j);
       store(scores + j, weight);
     }
-    sum_[r] = sum_of(sum);
+    sum_[r] = reduce_add(sum);
   }
 
   bool finite_values() const {
-    I32 odd = {};
-    for (int64_t i = 0; i < lines_ * Ep_; i += kLanes) {
+    I32 nonfinite = {};
+    for (int64_t i = 0; i < query_rows_ * Ep_; i += kLanes) {
       F32 x = load(values_ + i);
-      odd |= x - x != 0;
+      nonfinite |= x - x != 0;
     }
-    return !any_lane(odd);
+    return !any_lane(nonfinite);
   }
 
   const Call& call_;
-  const Paged& p_;
-  const int64_t b_, k_, first_line_, lines_;
-  const Way way_;
-  const int64_t padded_;  // lines, rounded up to what the loops take
+  const PagedParams& p_;
+  const int64_t b_, k_, first_query_row_, query_rows_;
+  const Gemm gemm_;
+  const int64_t padded_;  // query rows, rounded up to what the loops take
   const int64_t Dp_, Ep_;
   Buffer buffer_;
   float *query_, *scores_, *values_, *state_, *rows_, *k_packed_, *v_packed_;
   char *zeros_, *k_copies_, *v_copies_, *program_memory_;
-  uint16_t* halves_;  // weights in bfloat16
+  uint16_t* bf16_weights_;  // weights in bfloat16
   float poison_[kBlock];
-  bool bad_query_[kLines];
-  float shrink_[kLines], sum_[kLines], high_[kLines], line_poison_[kLines];
+  bool nonfinite_query_[kQueryRows];
+  float rescale_[kQueryRows], sum_[kQueryRows], row_max_[kQueryRows], row_poison_[kQueryRows];
 };
 
 }  // namespace pages

@@ -1,33 +1,33 @@
-// Work shared among threads: numbered pieces, handed out one by one.
+// The thread pool that kernels run on, as an interface.
 #pragma once
 
 #include <cstdint>
 
 namespace raptax {
 
-// Runs pieces 0 .. count - 1. The caller works too, so it finishes even if no thread of
-// the pool ever comes. Pieces are handed out in ascending order. Which thread runs which
-// piece is open; results must not depend on it.
-class Parallel {
+// Runs tasks 0 .. count - 1, started in ascending order, on the pool and on the calling
+// thread, so that a call finishes even if every thread of the pool is busy. Which
+// thread runs which task is unspecified; results must not depend on it.
+class ThreadPool {
  public:
-  virtual ~Parallel() = default;
+  virtual ~ThreadPool() = default;
 
-  // Threads that may work at once, the caller included. A hint for cutting work up;
-  // never let it change a result.
+  // Maximum number of concurrent threads, the caller included. For sizing tasks;
+  // results must not depend on it.
   virtual int threads() const = 0;
 
-  virtual void run(int64_t count, void (*piece)(void* context, int64_t number),
+  virtual void run(int64_t count, void (*task)(void* context, int64_t index),
                    void* context) const = 0;
 
-  // run() for anything callable with a number.
-  template <typename Piece>
-  void each(int64_t count, const Piece& piece) const {
+  // run() for any callable that takes the index.
+  template <typename Task>
+  void parallel_for(int64_t count, const Task& task) const {
     run(
         count,
-        [](void* context, int64_t number) {
-          (*static_cast<const Piece*>(context))(number);
+        [](void* context, int64_t index) {
+          (*static_cast<const Task*>(context))(index);
         },
-        const_cast<void*>(static_cast<const void*>(&piece)));
+        const_cast<void*>(static_cast<const void*>(&task)));
   }
 };
 

@@ -1,5 +1,5 @@
-// The words: what a kernel is asked to compute, as plain arrays. See AttentionFn in
-// src/raptax/_types.py for what it means; letters are those of that file.
+// Parameters of dense attention, forward and backward, as plain arrays. Semantics and
+// axis letters are those of AttentionFn in src/raptax/_types.py.
 #pragma once
 
 #include <cstdint>
@@ -37,68 +37,70 @@ struct Band {
   int64_t right = kUnlimited;
 };
 
-// The band that two numbers (left, right) say; INT32_MAX is no limit.
+// The band of an operand (left, right); INT32_MAX means unlimited.
 inline Band band_of(const int32_t* limits) {
   const auto limit = [](int32_t n) { return n == INT32_MAX ? Band::kUnlimited : n; };
   return {limit(limits[0]), limit(limits[1])};
 }
 
-enum Kind : int8_t { kEmpty = 0, kPartial = 1, kFull = 2 };
+enum BlockKind : int8_t { kEmpty = 0, kPartial = 1, kFull = 2 };
 
-// What the whole mask (band and program, not the mask array) leaves of tile (i, j) of
-// the scores, which starts at query row i * queries and key j * keys. `data` is null if
-// nobody looked; then every tile is partial.
-struct TileKinds {
+// Block kinds: what the mask (band and mask program, not the mask array) leaves of tile
+// (i, j) of the scores, which starts at query row i * queries and key j * keys. `data`
+// is null where kinds were not computed; then every tile counts as partial.
+struct BlockKinds {
   const int8_t* data = nullptr;
   int64_t queries = 0, keys = 0;  // rows and columns of a tile
   int64_t across = 0;             // tiles in a row of tiles
   int64_t stride_b = 0, stride_h = 0;
 
-  Kind at(int64_t b, int64_t h, int64_t i, int64_t j) const {
+  BlockKind at(int64_t b, int64_t h, int64_t i, int64_t j) const {
     if (data == nullptr) return kPartial;
-    return static_cast<Kind>(data[b * stride_b + h * stride_h + i * across + j]);
+    return static_cast<BlockKind>(data[b * stride_b + h * stride_h + i * across + j]);
   }
 };
 
-// Dropout by a hash of the place: see src/raptax/kernels/dropout.py.
-struct Dropout {
+// Counter-based dropout, a hash of (key, b, h, q, k): see src/raptax/kernels/dropout.py.
+struct DropoutParams {
   const uint32_t* words = nullptr;
   int64_t count = 0;
   float rate = 0;
 };
 
-// Who sees whom, and how scores change: the same forward and backward.
-//   base = scale * q . k + bias;  score = score_program(base), or -inf where not allowed.
-// Allowed means: within the band, and `mask` and `mask_program` say so.
-struct Rules {
+// How products become masked scores, the same forward and backward:
+//
+//   base = scale * q . k + bias;  score = score_mod(base), or -inf where masked.
+//
+// A score is masked unless the band, `mask` and `mask_program` all allow it.
+struct ScoreParams {
   float scale = 1;
   const int32_t* start = nullptr;  // absolute position of the first query
   int64_t starts = 1;              // one for all sequences, or B of them
   Band band;
-  TileKinds kinds;
+  BlockKinds kinds;
   Broadcast<const uint8_t> mask;
   Broadcast<const float> bias;
   const float* sinks = nullptr;  // (H)
   const Program* mask_program = nullptr;
   const Program* score_program = nullptr;
-  Dropout dropout;
+  DropoutParams dropout;
 
   int64_t first(int64_t b) const { return start[starts == 1 ? 0 : b]; }
 };
 
-struct Forward {
+struct ForwardParams {
   Shape shape;
   Type type;
   const void* query;  // (B, H, T, D)
   const void* key;    // (B, K, S, D)
   const void* value;  // (B, K, S, E)
-  Rules rules;
+  ScoreParams score_params;
   void* out;   // (B, H, T, E)
   float* lse;  // (B, H, T), natural logarithm, sinks included; -inf for an empty row
 };
 
-struct Backward {
-  Forward forward;  // out and lse are what it computed
+struct BackwardParams {
+  ForwardParams forward;  // out and lse are its results
   const void* d_out;            // (B, H, T, E), of `type`
   const float* d_lse;           // (B, H, T)
   const Program* slope_program = nullptr;  // d score / d base, of base; null means 1

@@ -1,4 +1,4 @@
-// Small matrix products in registers, float32.
+// float32 GEMM micro-kernels: accumulators in registers.
 
 #pragma once
 
@@ -7,18 +7,18 @@
 namespace raptax {
 namespace RAPTAX_ISA {
 
-// Rows of a product that are worked on together: with two vectors each they fill the
+// Rows of the micro-kernel: with two vectors of columns each, the accumulators fill the
 // registers.
 #if RAPTAX_LANES == 16
-constexpr int kRows = 8;
+constexpr int kMicroRows = 8;
 #else
-constexpr int kRows = 6;
+constexpr int kMicroRows = 6;
 #endif
 
 // c (+)= a b for R rows: a (R, n) and c (R, V vectors) with strides, b (n, V vectors)
 // without gaps. Sums run in the order of n whatever R is.
 template <int R, int V>
-static inline void multiply_rows(const float* a, int64_t a_stride, const float* b,
+static inline void micro_gemm(const float* a, int64_t a_stride, const float* b,
                                  int64_t n, float* c, int64_t c_stride, bool add) {
   F32 sum[R][V];
 #pragma GCC unroll 8
@@ -34,7 +34,7 @@ static inline void multiply_rows(const float* a, int64_t a_stride, const float* 
     for (int v = 0; v < V; ++v) y[v] = load(b + (k * V + v) * kLanes);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      F32 x = all(a[r * a_stride + k]);
+      F32 x = broadcast(a[r * a_stride + k]);
 #pragma GCC unroll 2
       for (int v = 0; v < V; ++v) sum[r][v] += x * y[v];
     }
@@ -47,22 +47,22 @@ static inline void multiply_rows(const float* a, int64_t a_stride, const float* 
 }
 
 template <int R, int V>
-static void multiply_up_to(int64_t rows, const float* a, int64_t a_stride, const float* b,
+static void gemm_rows(int64_t rows, const float* a, int64_t a_stride, const float* b,
                            int64_t n, float* c, int64_t c_stride, bool add) {
   if (rows == R) {
-    multiply_rows<R, V>(a, a_stride, b, n, c, c_stride, add);
+    micro_gemm<R, V>(a, a_stride, b, n, c, c_stride, add);
   } else if constexpr (R > 1) {
-    multiply_up_to<R - 1, V>(rows, a, a_stride, b, n, c, c_stride, add);
+    gemm_rows<R - 1, V>(rows, a, a_stride, b, n, c, c_stride, add);
   }
 }
 
-// The same for up to kRows rows, and one or two vectors of columns.
-static void multiply(int64_t rows, int64_t columns, const float* a, int64_t a_stride,
+// The same for up to kMicroRows rows, and one or two vectors of columns.
+static void gemm(int64_t rows, int64_t columns, const float* a, int64_t a_stride,
                      const float* b, int64_t n, float* c, int64_t c_stride, bool add) {
   if (columns == kLanes) {
-    multiply_up_to<kRows, 1>(rows, a, a_stride, b, n, c, c_stride, add);
+    gemm_rows<kMicroRows, 1>(rows, a, a_stride, b, n, c, c_stride, add);
   } else {
-    multiply_up_to<kRows, 2>(rows, a, a_stride, b, n, c, c_stride, add);
+    gemm_rows<kMicroRows, 2>(rows, a, a_stride, b, n, c, c_stride, add);
   }
 }
 

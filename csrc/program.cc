@@ -2,10 +2,10 @@
 
 namespace raptax {
 
-const char* why_not(const Program& program, bool changes_scores) {
+const char* unsupported_reason(const Program& program, bool reads_scores) {
   if (program.code_size % 4 != 0) return "a program's code is cut off";
   if (program.size() < 1) return "a program has no instructions";
-  if (program.size() > Program::kMostInstructions) {
+  if (program.size() > Program::kMaxInstructions) {
     return "a program has too many instructions";
   }
   for (int64_t i = 0; i < program.array_count; ++i) {
@@ -19,7 +19,7 @@ const char* why_not(const Program& program, bool changes_scores) {
     if (step.op < Op{} || step.op >= Op::kEnd) {
       return "a program has an unknown operation";
     }
-    if (step.op == Op::kScore && !changes_scores) return "a mask reads the scores";
+    if (step.op == Op::kScore && !reads_scores) return "a mask reads the scores";
     if (step.op == Op::kGather && (step.a < 0 || step.a >= program.array_count)) {
       return "a program reads an array that it does not have";
     }

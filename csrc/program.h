@@ -1,20 +1,22 @@
-// Mod programs: what a mask_mod or score_mod became, to be run on rows of scores.
+// Mod programs: a mask_mod or score_mod compiled to instructions that an interpreter
+// runs on rows of scores.
 //
-// src/raptax/kernels/mod_program.py translates, program.cc checks, program.inl runs.
+// src/raptax/kernels/mod_program.py compiles, program.cc validates, program.inl
+// interprets.
 //
-// A program is a list of instructions of four words: an operation and its operands
-// a, b, c. Instruction n makes value n, operands are numbers of earlier values, and the
-// last value is the answer. Values are floats or whole numbers of 32 bits; a boolean is
-// 0 or -1, all bits of it.
+// A program is a list of instructions of four int32: an operation and its operands a,
+// b, c. Instruction n defines value n, operands are indices of earlier values, and the
+// last value is the result. Values are float32 or int32; a boolean is 0 or -1 (all bits
+// set).
 #pragma once
 
 #include <cstdint>
 
 namespace raptax {
 
-// How many operands an operation takes comes second. mod_program.py has the same list.
+// X(name, number of operands). mod_code.py has the same list; a test compares them.
 #define RAPTAX_OPERATIONS(X)                                                      \
-  /* Where the score stands, and kKey - kQuery; positions lie within 2**30 of 0.  \
+  /* Indices of the score, and kKey - kQuery; positions lie within 2**30 of 0.  \
      The score itself. The number whose bits are `a`. */                          \
   X(kSequence, 0) X(kHead, 0) X(kQuery, 0) X(kKey, 0) X(kDistance, 0)             \
   X(kScore, 0) X(kConstant, 0)                                                    \
@@ -70,7 +72,7 @@ struct Instruction {
   }
 };
 
-// What an array holds. All become a float, a whole number or a boolean when read.
+// Element type of a captured array; read as float32, int32 or boolean.
 enum class Entry : int32_t { kF32, kBF16, kF16, kI32, kI8, kU8, kBool };
 
 // An array that a mod carries or captures.
@@ -82,10 +84,10 @@ struct Captured {
 
 // A program as the attribute and the operands of a call hold it; nothing is copied.
 struct Program {
-  static constexpr int64_t kMostInstructions = 512;
+  static constexpr int64_t kMaxInstructions = 512;
 
   const int32_t* code = nullptr;
-  int64_t code_size = 0;  // words, four to an instruction
+  int64_t code_size = 0;  // int32s, four per instruction
   const Captured* arrays = nullptr;
   int64_t array_count = 0;
 
@@ -96,21 +98,21 @@ struct Program {
   }
 };
 
-// Why the program cannot be run, in words, or null if it can: whoever takes one from
-// outside asks before a Runner sees it. Only `changes_scores` may read the score.
-const char* why_not(const Program& program, bool changes_scores);
+// Why the program is invalid, in words, or null if it is valid. Called on every program
+// before a Runner is made of it. Only programs with `reads_scores` may use kScore.
+const char* unsupported_reason(const Program& program, bool reads_scores);
 
-// A program run over whole arrays, to look at: out[b, h, t, s] for the score
-// scores[b, h, t, s] of query first + t and key s.
+// Runs a program over whole arrays, for tests: out[b, h, t, s] from scores[b, h, t, s]
+// of query first + t and key s.
 struct ProgramRun {
-  enum What : int32_t { kChange, kSlope, kMask };
+  enum What : int32_t { kScoreMod, kSlope, kMask };
 
   Program program;
   What what;
   bool along_queries;
   int64_t B, H, T, S;
   int64_t first;
-  int64_t columns, rows;  // handed to the Runner at once
+  int64_t columns, rows;  // of one call of the Runner
   const float* scores;
   float* out;  // of kMask: scores, or -inf where not allowed
 };

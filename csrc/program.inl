@@ -9,18 +9,18 @@
 namespace raptax {
 namespace RAPTAX_ISA {
 
-// Which positions change along a row of scores. Forward kernels hold a row per query;
-// backward kernels may hold the scores transposed, a row per key.
+// The axis along a row of scores. Forward kernels have a row per query; backward
+// kernels may hold the scores transposed, a row per key.
 enum class Along { kKeys, kQueries };
 
-// A program, ready to run on rows of up to `columns` scores. A value of the program that
-// depends on (b, h) alone is worked out in begin(), one that depends on the column alone
-// in columns(), one that depends on the row alone for kRows rows at once, and one that
-// depends on the distance alone once per diagonal; only the rest costs per score.
+// An interpreter of one program on rows of up to `columns` scores. Each value is
+// evaluated as seldom as its inputs allow: those of (b, h) alone in begin(), of the
+// column alone in columns(), of the row alone for kRowBatch rows at once, of the
+// distance alone once per diagonal; only the rest per score.
 //
-// Rows are read and written in whole vectors: their memory must reach up to the next
-// multiple of kLanes. Nothing is allocated after the constructor. `program` must have
-// passed why_not() and outlive the Runner.
+// Rows are read and written in whole vectors: memory must extend to the next multiple
+// of kLanes. Nothing is allocated after the constructor. `program` must have passed
+// unsupported_reason() and outlive the Runner.
 class Runner {
  public:
   // Bytes that the constructor needs at `memory`, 64-byte aligned.
@@ -33,31 +33,31 @@ class Runner {
 
   // Score programs: scores = score_mod(scores), in place, for `rows` rows from `position`
   // on, which lie `stride` floats apart.
-  void change(int64_t position, int64_t rows, float* scores, int64_t stride) {
+  void apply_score_mod(int64_t position, int64_t rows, float* scores, int64_t stride) {
     run(position, rows, scores, scores, stride);
   }
-  void change(int64_t position, float* scores) { change(position, 1, scores, 0); }
+  void apply_score_mod(int64_t position, float* scores) { apply_score_mod(position, 1, scores, 0); }
 
-  // Slope programs: slope = d score_mod(x) / dx at x = base. `slope` may be `base`.
-  void slope(int64_t position, int64_t rows, const float* base, float* slope,
+  // Slope programs: slope = d score_mod(x) / dx at x = base. `apply_slope` may be `base`.
+  void apply_slope(int64_t position, int64_t rows, const float* base, float* slope,
              int64_t stride) {
     run(position, rows, base, slope, stride);
   }
-  void slope(int64_t position, const float* base, float* slope) {
+  void apply_slope(int64_t position, const float* base, float* slope) {
     run(position, 1, base, slope, 0);
   }
 
-  // Mask programs: scores = -inf where the mask says no, and behind the last column.
-  // Returns whether any is allowed.
-  bool mask(int64_t position, int64_t rows, float* scores, int64_t stride);
-  bool mask(int64_t position, float* scores) { return mask(position, 1, scores, 0); }
+  // Mask programs: scores = -inf where masked, and beyond the last column.
+  // Returns whether any score is left.
+  bool apply_mask(int64_t position, int64_t rows, float* scores, int64_t stride);
+  bool apply_mask(int64_t position, float* scores) { return apply_mask(position, 1, scores, 0); }
 
  private:
-  // What a value depends on, besides (b, h). kFull is anything else: a number per score.
+  // Which indices a value depends on, besides (b, h); kFull: one value per score.
   enum Domain : int8_t { kUniform, kRow, kColumn, kDiagonal, kFull };
   // Row values are worked out for kRows rows at once, diagonal ones for kDiagonals, and
   // full ones for kBatch: few enough to stay in the first-level cache.
-  static constexpr int64_t kRows = 16, kDiagonals = 64, kBatch = 8;
+  static constexpr int64_t kRowBatch = 16, kDiagonals = 64, kFullBatch = 8;
 
   struct Step {
     Instruction code;
@@ -67,7 +67,7 @@ class Runner {
     bool same;          // all that scores read of a row of values is equal
   };
 
-  static Domain both(Domain a, Domain b) {
+  static Domain join(Domain a, Domain b) {
     if (a == b || b == kUniform) return a;
     return a == kUniform ? b : kFull;
   }
@@ -78,7 +78,7 @@ class Runner {
     if (op == Op::kKey) return along == Along::kKeys ? kColumn : kRow;
     return kUniform;
   }
-  static int64_t rounded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
+  static int64_t round_up_lanes(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
   static size_t lay_out(const Program& program, Along along, int64_t columns,
                         Step* steps, float* memory);
 
@@ -86,9 +86,9 @@ class Runner {
            int64_t stride);
   int64_t prepare_rows(int64_t position, int64_t rows);
   void prepare_batch(int64_t rows, const float* base, int64_t stride);
-  void work_out(Domain domain, int64_t n);
+  void evaluate(Domain domain, int64_t n);
   Operand operand(const Step& step, int number) const;
-  static bool changes_nothing(Op op, const Operand* in, const float* out);
+  static bool is_identity(Op op, const Operand* in, const float* out);
   static void apply(Op op, int operands, const Operand* in, Area area, Store store);
   void execute(const Step& step, float* out, int64_t stride, Area area) const;
 
@@ -111,28 +111,28 @@ class Runner {
 // share memory when they are no longer needed.
 inline size_t Runner::lay_out(const Program& program, Along along, int64_t columns,
                               Step* steps, float* memory) {
-  const int64_t size = program.size(), width = rounded(columns);
-  Domain domain[Program::kMostInstructions];
-  int64_t last_use[Program::kMostInstructions];
+  const int64_t size = program.size(), width = round_up_lanes(columns);
+  Domain domain[Program::kMaxInstructions];
+  int64_t last_use[Program::kMaxInstructions];
   for (int64_t n = 0; n < size; ++n) {
     const Instruction code = program.at(n);
     domain[n] = domain_of(code.op, along);
     for (int i = 0; i < code.operands(); ++i) {
-      domain[n] = both(domain[n], domain[code.operand(i)]);
+      domain[n] = join(domain[n], domain[code.operand(i)]);
       last_use[code.operand(i)] = n;
     }
     last_use[n] = n;
   }
-  int64_t used = 0, slots = 0, owner[Program::kMostInstructions];
-  int64_t place[Program::kMostInstructions];
+  int64_t used = 0, slots = 0, owner[Program::kMaxInstructions];
+  int64_t place[Program::kMaxInstructions];
   for (int64_t n = 0; n < size; ++n) {
     place[n] = used;
     if (domain[n] == kUniform) used += 16;
-    if (domain[n] == kRow) used += kRows;
+    if (domain[n] == kRow) used += kRowBatch;
     if (domain[n] == kColumn) used += (width + 15) / 16 * 16;
     if (domain[n] == kDiagonal) used += (width + 15) / 16 * 16 + kDiagonals;
   }
-  const int64_t slot_size = kBatch * ((width + 15) / 16 * 16);
+  const int64_t slot_size = kFullBatch * ((width + 15) / 16 * 16);
   for (int64_t n = 0; n < size; ++n) {
     if (domain[n] != kFull || program.at(n).op == Op::kScore) continue;
     // A value that is read here for the last time is not in the way: every operation
@@ -147,13 +147,13 @@ inline size_t Runner::lay_out(const Program& program, Along along, int64_t colum
         if (owner[j] == code.operand(i) && last_use[owner[j]] == n) own = j;
       }
     }
-    if (own >= 0) slot = own;  // so that nothing has to be done where nothing changes
+    if (own >= 0) slot = own;  // in place, so that identities cost nothing
     if (slot == slots) ++slots;
     owner[slot] = n;
     place[n] = used + slot * slot_size;
   }
   for (int64_t n = 0; n < size && steps != nullptr; ++n) {
-    steps[n] = {program.at(n), domain[n], memory + place[n], slot_size / kBatch, false};
+    steps[n] = {program.at(n), domain[n], memory + place[n], slot_size / kFullBatch, false};
   }
   return static_cast<size_t>(used + slots * slot_size);
 }
@@ -181,14 +181,14 @@ inline void Runner::begin(int64_t b, int64_t h) {
   b_ = b;
   h_ = h;
   rows_ready_ = diagonals_ready_ = false;
-  work_out(kUniform, kLanes);
+  evaluate(kUniform, kLanes);
 }
 
 inline void Runner::columns(int64_t first_position, int64_t count) {
   first_column_ = first_position;
   count_ = count;
-  padded_ = rounded(count);
-  work_out(kColumn, padded_);
+  padded_ = round_up_lanes(count);
+  evaluate(kColumn, padded_);
   diagonals_ready_ = false;
 }
 
@@ -196,25 +196,25 @@ inline void Runner::columns(int64_t first_position, int64_t count) {
 // worked out.
 inline int64_t Runner::prepare_rows(int64_t position, int64_t rows) {
   row_ = position - first_row_;
-  if (!rows_ready_ || row_ < 0 || row_ >= kRows) {
+  if (!rows_ready_ || row_ < 0 || row_ >= kRowBatch) {
     first_row_ = position;
     row_ = 0;
     rows_ready_ = true;
-    work_out(kRow, kRows);
+    evaluate(kRow, kRowBatch);
   }
   diagonal_ = first_diagonal_ + kDiagonals - 1 - position;
   if (!diagonals_ready_ || diagonal_ < 0 || diagonal_ >= kDiagonals) {
     first_diagonal_ = position;
     diagonal_ = kDiagonals - 1;
     diagonals_ready_ = true;
-    work_out(kDiagonal, padded_ + kDiagonals);
+    evaluate(kDiagonal, padded_ + kDiagonals);
   }
-  if (rows > kBatch) rows = kBatch;
-  if (rows > kRows - row_) rows = kRows - row_;
+  if (rows > kFullBatch) rows = kFullBatch;
+  if (rows > kRowBatch - row_) rows = kRowBatch - row_;
   return rows > diagonal_ + 1 ? diagonal_ + 1 : rows;
 }
 
-inline void Runner::work_out(Domain domain, int64_t n) {
+inline void Runner::evaluate(Domain domain, int64_t n) {
   for (int64_t i = 0; i < size_; ++i) {
     Step& step = steps_[i];
     if (step.domain != domain) continue;
@@ -257,7 +257,7 @@ inline void Runner::run(int64_t position, int64_t rows, const float* base, float
   }
 }
 
-inline bool Runner::mask(int64_t position, int64_t rows, float* scores, int64_t stride) {
+inline bool Runner::apply_mask(int64_t position, int64_t rows, float* scores, int64_t stride) {
   const Step& answer = steps_[size_ - 1];
   I32 seen = I32{};
   for (int64_t from = 0; from < rows;) {
@@ -270,7 +270,7 @@ inline bool Runner::mask(int64_t position, int64_t rows, float* scores, int64_t 
     if (answer.domain != kFull) {
       for (int64_t row = 0; row < batch; ++row) {
         const Operand allowed = own.of_row(row);
-        if (!own.is_row && as_bits(spread(allowed.data))[0] != 0 && count_ == padded_) {
+        if (!own.is_row && as_bits(load_broadcast(allowed.data))[0] != 0 && count_ == padded_) {
           sink.seen = ~I32{};
           sink.next_row();
         } else {
@@ -311,11 +311,11 @@ inline Operand Runner::operand(const Step& step, int number) const {
 }
 
 // Whether `x & true`, `x | false` or `true ? x : y` finds x where it is to be put.
-inline bool Runner::changes_nothing(Op op, const Operand* in, const float* out) {
+inline bool Runner::is_identity(Op op, const Operand* in, const float* out) {
   const bool swap = op != Op::kSelect && in[0].is_row;
   const Operand condition = in[swap], x = in[!swap];
   if (condition.is_row) return false;
-  const int32_t bits = as_bits(spread(condition.data))[0];
+  const int32_t bits = as_bits(load_broadcast(condition.data))[0];
   if (op == Op::kSelect) {
     const Operand chosen = bits != 0 ? x : in[2];
     return chosen.is_row && chosen.data == out;
@@ -336,7 +336,7 @@ inline void Runner::execute(const Step& step, float* out, int64_t stride,
   auto fill = [&](int64_t first, int32_t by) {
     Store store{out, stride};
     for (int64_t i = 0; i < area.columns; i += kLanes) {
-      store(i, I32{} + static_cast<int32_t>(first + by * i) + by * lanes());
+      store(i, I32{} + static_cast<int32_t>(first + by * i) + by * lane_indices());
     }
   };
   const int64_t first = step.domain == kRow ? first_row_ : first_column_;
@@ -376,7 +376,7 @@ inline void Runner::execute(const Step& step, float* out, int64_t stride,
   for (int64_t row = 0; row < area.rows; ++row, out += stride) {
     Operand of_row[3];
     for (int i = 0; i < operands; ++i) of_row[i] = in[i].of_row(row);
-    if (changes_nothing(op, of_row, out)) continue;
+    if (is_identity(op, of_row, out)) continue;
     apply(op, operands, of_row, {1, area.columns}, {out, stride});
   }
 }

@@ -1,4 +1,4 @@
-// The operations of mod programs, each on a row of values: see program.h for the list.
+// The operations of mod programs on rows of values: see program.h for the list.
 
 #pragma once
 
@@ -10,7 +10,7 @@
 namespace raptax {
 namespace RAPTAX_ISA {
 
-// So many rows of so many scores.
+// The extent of an operation.
 struct Area {
   int64_t rows, columns;
 };
@@ -24,12 +24,12 @@ struct Operand {
   Operand of_row(int64_t row) const { return {data + row * step, is_row, step}; }
 };
 
-// A value in every lane. Not by arithmetic of floats: these may be the bits of a whole
-// number, which may count as zero.
-static inline F32 spread(const float* value) {
+// Broadcasts *value. Not through float arithmetic: the bits may be of an integer, which
+// as a denormal would be flushed to 0.
+static inline F32 load_broadcast(const float* value) {
   int32_t bits;
   memcpy(&bits, value, 4);
-  return as_float(all(bits));
+  return as_float(broadcast(bits));
 }
 
 static inline bool any(I32 mask) {
@@ -44,38 +44,31 @@ static inline bool any(I32 mask) {
 #endif
 }
 
-// 0, 1, 2, ...
-static inline I32 lanes() {
-  I32 x;
-  for (int i = 0; i < kLanes; ++i) x[i] = i;
-  return x;
-}
-
 static inline bool all_same(const float* values, int64_t n) {
-  const I32 first = as_bits(spread(values));
+  const I32 first = as_bits(load_broadcast(values));
   I32 differ = I32{};
   for (int64_t i = 0; i < n; i += kLanes) {
     I32 other = as_bits(load(values + i)) ^ first;
-    if (i + kLanes > n) other &= lanes() < static_cast<int32_t>(n - i);
+    if (i + kLanes > n) other &= lane_indices() < static_cast<int32_t>(n - i);
     differ |= other;
   }
   return !any(differ);
 }
 
-// ------------------------------------------------------------------------ whole numbers
+// ----------------------------------------------------------------------------- integers
 
-static inline I32 larger(I32 a, I32 b) {
+static inline I32 max(I32 a, I32 b) {
 #if defined(__AVX512F__)
   return (I32)_mm512_max_epi32((__m512i)a, (__m512i)b);
 #else
-  return pick(a > b, a, b);
+  return select(a > b, a, b);
 #endif
 }
-static inline I32 smaller(I32 a, I32 b) {
+static inline I32 min(I32 a, I32 b) {
 #if defined(__AVX512F__)
   return (I32)_mm512_min_epi32((__m512i)a, (__m512i)b);
 #else
-  return pick(a < b, a, b);
+  return select(a < b, a, b);
 #endif
 }
 
@@ -84,11 +77,11 @@ typedef double F64 __attribute__((vector_size(8 * RAPTAX_LANES)));
 // a / b, rounded towards zero; XLA's answer to a division by zero is -1. Doubles hold
 // these quotients well enough: one that is not whole is 1 / b away from being so.
 static inline I32 divide(I32 a, I32 b) {
-  const I32 sound = (b != 0) & ~((a == INT32_MIN) & (b == -1));
+  const I32 valid = (b != 0) & ~((a == INT32_MIN) & (b == -1));
   const F64 x = __builtin_convertvector(a, F64);
-  const F64 y = __builtin_convertvector(pick(sound, b, I32{} + 1), F64);
-  const I32 q = __builtin_convertvector(x / y, I32);  // a where not sound
-  return pick(b == 0, I32{} - 1, q);
+  const F64 y = __builtin_convertvector(select(valid, b, I32{} + 1), F64);
+  const I32 q = __builtin_convertvector(x / y, I32);  // a where invalid
+  return select(b == 0, I32{} - 1, q);
 }
 // The same for one positive b, without dividing. Half a unit keeps the product away from
 // whole numbers, where rounding would matter.
@@ -107,14 +100,14 @@ static inline I32 subtract(I32 a, I32 b) { return (I32)((U32)a - (U32)b); }
 
 enum class Division { kQuotient, kRemainder, kFloorQuotient, kFloorRemainder };
 
-// What is asked for, from the quotient towards zero.
+// The result of `what`, from the truncated quotient.
 static inline I32 from_quotient(Division what, I32 a, I32 b, I32 q) {
   if (what == Division::kQuotient) return q;
-  const I32 rest = pick(b == 0, a, subtract(a, multiply(q, b)));
+  const I32 rest = select(b == 0, a, subtract(a, multiply(q, b)));
   if (what == Division::kRemainder) return rest;
   if (what == Division::kFloorRemainder) {
     const I32 across = (rest != 0) & ((rest ^ b) < 0);
-    return pick(b == 0, I32{}, rest + (across & b));
+    return select(b == 0, I32{}, rest + (across & b));
   }
   // As jnp.floor_divide has it, also for b = 0.
   const I32 sign_a = (a > 0) & 1, sign_b = (b > 0) & 1;
@@ -123,26 +116,26 @@ static inline I32 from_quotient(Division what, I32 a, I32 b, I32 q) {
 }
 
 static inline I32 shift(Op op, I32 a, I32 by) {
-  const I32 sound = (by >= 0) & (by < 32), n = by & 31;
+  const I32 valid = (by >= 0) & (by < 32), n = by & 31;
   switch (op) {
     case Op::kShiftLeft:
-      return ((I32)((U32)a << (U32)n)) & sound;
+      return ((I32)((U32)a << (U32)n)) & valid;
     case Op::kShiftRight:
-      return pick(sound, a >> n, a >> 31);
+      return select(valid, a >> n, a >> 31);
     default:
-      return ((I32)((U32)a >> (U32)n)) & sound;
+      return ((I32)((U32)a >> (U32)n)) & valid;
   }
 }
 
 static inline I32 to_int(F32 x) {
-  const I32 q = __builtin_convertvector(within(pick(x == x, x, all(0.0f)),
+  const I32 q = __builtin_convertvector(clamp(select(x == x, x, broadcast(0.0f)),
                                                -2147483648.0f, 2147483520.0f), I32);
-  return pick(x >= 2147483648.0f, I32{} + INT32_MAX, q);
+  return select(x >= 2147483648.0f, I32{} + INT32_MAX, q);
 }
 
 // -------------------------------------------------------------------------------- loops
 
-// Where results go: sinks take a vector of results for the scores of a row from i on.
+// Sinks: what takes a vector of results, for the scores of a row from i on.
 struct Store {
   float* out;
   int64_t stride;  // from row to row
@@ -151,17 +144,17 @@ struct Store {
   void operator()(int64_t i, I32 x) { store(out + i, as_float(x)); }
 };
 
-// Scores become -inf where the answer is no, and behind the last of `count`.
+// Sets scores to -inf where the result is false, and beyond `count`.
 struct MaskScores {
   float* scores;
   int64_t stride;
   int64_t count;
-  I32 seen = I32{};  // whether there was a yes
+  I32 seen = I32{};  // lanes that were true
   void next_row() { scores += stride; }
   void operator()(int64_t i, I32 allowed) {
-    if (i + kLanes > count) allowed &= lanes() < static_cast<int32_t>(count - i);
+    if (i + kLanes > count) allowed &= lane_indices() < static_cast<int32_t>(count - i);
     seen |= allowed;
-    store(scores + i, pick(allowed, load(scores + i), all(-kInf)));
+    store(scores + i, select(allowed, load(scores + i), broadcast(-kInf)));
   }
   void operator()(int64_t i, F32 allowed) { (*this)(i, as_bits(allowed)); }
 };
@@ -180,7 +173,7 @@ RAPTAX_INLINE void map_row(Function f, Operand a, int64_t n, Sink& sink) {
   if (a.is_row) {
     for (int64_t i = 0; i < n; i += kLanes) sink(i, f(load(a.data + i)));
   } else {
-    const auto x = f(spread(a.data));
+    const auto x = f(load_broadcast(a.data));
     for (int64_t i = 0; i < n; i += kLanes) sink(i, x);
   }
 }
@@ -193,12 +186,12 @@ RAPTAX_INLINE void loop(Function f, A a, B b, int64_t n, Sink& sink) {
 template <typename Function, typename Sink>
 RAPTAX_INLINE void map_row(Function f, Operand a, Operand b, int64_t n, Sink& sink) {
   if (!b.is_row) {
-    const One y{spread(b.data)};
+    const One y{load_broadcast(b.data)};
     map_row([=](F32 x) { return f(x, y.value); }, a, n, sink);
   } else if (a.is_row) {
     loop(f, Row{a.data}, Row{b.data}, n, sink);
   } else {
-    loop(f, One{spread(a.data)}, Row{b.data}, n, sink);
+    loop(f, One{load_broadcast(a.data)}, Row{b.data}, n, sink);
   }
 }
 
@@ -207,11 +200,11 @@ template <typename Function, typename Sink>
 RAPTAX_INLINE void map_row(Function f, Operand a, Operand b, Operand c, int64_t n,
                            Sink& sink) {
   if (a.is_row && !b.is_row && !c.is_row) {
-    const F32 y = spread(b.data), z = spread(c.data);
+    const F32 y = load_broadcast(b.data), z = load_broadcast(c.data);
     return map_row([=](F32 x) { return f(x, y, z); }, a, n, sink);
   }
   if (a.is_row && !b.is_row) {
-    const F32 y = spread(b.data);
+    const F32 y = load_broadcast(b.data);
     return loop([=](F32 x, F32 z) { return f(x, y, z); }, Row{a.data}, Row{c.data}, n, sink);
   }
   const Operand in[3] = {a, b, c};
@@ -221,7 +214,7 @@ RAPTAX_INLINE void map_row(Function f, Operand a, Operand b, Operand c, int64_t 
   for (int j = 0; j < 3; ++j) {
     data[j] = in[j].is_row ? in[j].data : copy[j];
     step[j] = in[j].is_row ? 1 : 0;
-    if (!in[j].is_row) store(copy[j], spread(in[j].data));
+    if (!in[j].is_row) store(copy[j], load_broadcast(in[j].data));
   }
   for (int64_t i = 0; i < n; i += kLanes) {
     sink(i, f(load(data[0] + i * step[0]), load(data[1] + i * step[1]),
@@ -266,8 +259,8 @@ template <typename Sink>
 static inline void map_division(Division what, Operand a, Operand b, Area area, Sink& sink) {
   for (int64_t r = 0; r < area.rows; ++r, sink.next_row()) {
     const Operand x = a.of_row(r), y = b.of_row(r);
-    if (!y.is_row && as_bits(spread(y.data))[0] > 0) {
-      const DivideBy by{1.0 / as_bits(spread(y.data))[0]};
+    if (!y.is_row && as_bits(load_broadcast(y.data))[0] > 0) {
+      const DivideBy by{1.0 / as_bits(load_broadcast(y.data))[0]};
       map_row(of_ints([=](I32 x, I32 y) { return from_quotient(what, x, y, by(x)); }), x, y,
               area.columns, sink);
     } else {
@@ -341,10 +334,10 @@ static inline F32 read_each(const float* data, I32 index) {
 template <typename T>
 static void gather(const void* array, int64_t size, Operand index, float* out, int64_t n) {
   const T* data = static_cast<const T*>(array);
-  const I32 last = all(static_cast<int32_t>(size - 1)), count = lanes();
+  const I32 last = broadcast(static_cast<int32_t>(size - 1)), count = lane_indices();
   for (int64_t i = 0; i < n; i += kLanes) {
-    I32 at = as_bits(index.is_row ? load(index.data + i) : spread(index.data));
-    at = smaller(larger(at, I32{}), last);
+    I32 at = as_bits(index.is_row ? load(index.data + i) : load_broadcast(index.data));
+    at = min(max(at, I32{}), last);
     const int32_t first = at[0];
     if (!any(at ^ (count + first))) {
       store(out + i, read_run(data + first));
@@ -377,7 +370,7 @@ static inline void gather(const Captured& array, Operand index, float* out, int6
 
 // ----------------------------------------------------------------------- all operations
 
-// Operations that answer yes or no, with any sink. False if it is not one of them.
+// Comparisons and logic, with any sink. False if it is not one of them.
 template <typename Sink>
 static bool map_logic(Op op, Operand a, Operand b, Area area, Sink& sink) {
   switch (op) {
@@ -419,7 +412,7 @@ static bool map_logic(Op op, Operand a, Operand b, Area area, Sink& sink) {
   }
 }
 
-// Functions of the C library, lane by lane: slow, but seldom in the way.
+// C library functions, lane by lane: slow but rarely used.
 template <typename Function>
 static inline void map_lanes(Function f, Operand a, Area area, Store& out) {
   map([=](F32 x) { return by_lane(f, x); }, a, area, out);
@@ -429,18 +422,18 @@ static inline void map_lanes(Function f, Operand a, Operand b, Area area, Store&
   map([=](F32 x, F32 y) { return by_lane(f, x, y); }, a, b, area, out);
 }
 
-static inline F32 largest(F32 x, F32 y) { return pick((x > y) | (x != x), x, y); }
-static inline F32 smallest(F32 x, F32 y) { return pick((x < y) | (x != x), x, y); }
+static inline F32 max_or_nan(F32 x, F32 y) { return select((x > y) | (x != x), x, y); }
+static inline F32 min_or_nan(F32 x, F32 y) { return select((x < y) | (x != x), x, y); }
 
 static inline void map_unary(Op op, Operand a, Area area, Store& out) {
   switch (op) {
     case Op::kNeg:
       return map([](F32 x) { return -x; }, a, area, out);
     case Op::kAbs:
-      return map([](F32 x) { return absolute(x); }, a, area, out);
+      return map([](F32 x) { return abs(x); }, a, area, out);
     case Op::kSign:
       return map(
-          [](F32 x) { return pick((x == 0.0f) | (x != x), x, with_sign_of(all(1.0f), x)); },
+          [](F32 x) { return select((x == 0.0f) | (x != x), x, copysign(broadcast(1.0f), x)); },
           a, area, out);
     case Op::kFloor:
       return map([](F32 x) { return floor(x); }, a, area, out);
@@ -487,7 +480,7 @@ static inline void map_unary(Op op, Operand a, Area area, Store& out) {
     case Op::kCbrt:
       return map_lanes([](float x) { return __builtin_cbrtf(x); }, a, area, out);
     case Op::kIsFinite:
-      return map([](F32 x) { return absolute(x) < kInf; }, a, area, out);
+      return map([](F32 x) { return abs(x) < kInf; }, a, area, out);
     case Op::kToFloat:
       return map([](F32 x) { return __builtin_convertvector(as_bits(x), F32); }, a, area, out);
     case Op::kToInt:
@@ -495,7 +488,7 @@ static inline void map_unary(Op op, Operand a, Area area, Store& out) {
     case Op::kIntNeg:
       return map(of_ints([](I32 x) { return subtract(I32{}, x); }), a, area, out);
     case Op::kIntAbs:
-      return map(of_ints([](I32 x) { return pick(x < 0, subtract(I32{}, x), x); }), a, area,
+      return map(of_ints([](I32 x) { return select(x < 0, subtract(I32{}, x), x); }), a, area,
                  out);
     case Op::kIntSign:
       return map(of_ints([](I32 x) { return (x < 0) | ((x > 0) & 1); }), a, area, out);
@@ -516,9 +509,9 @@ static inline void map_binary(Op op, Operand a, Operand b, Area area,
     case Op::kDiv:
       return map([](F32 x, F32 y) { return x / y; }, a, b, area, out);
     case Op::kMax:
-      return map([](F32 x, F32 y) { return largest(x, y); }, a, b, area, out);
+      return map([](F32 x, F32 y) { return max_or_nan(x, y); }, a, b, area, out);
     case Op::kMin:
-      return map([](F32 x, F32 y) { return smallest(x, y); }, a, b, area, out);
+      return map([](F32 x, F32 y) { return min_or_nan(x, y); }, a, b, area, out);
     case Op::kPow:
       return map_lanes([](float x, float y) { return __builtin_powf(x, y); }, a, b, area,
                        out);
@@ -535,9 +528,9 @@ static inline void map_binary(Op op, Operand a, Operand b, Area area,
     case Op::kIntMul:
       return map(of_ints([](I32 x, I32 y) { return multiply(x, y); }), a, b, area, out);
     case Op::kIntMax:
-      return map(of_ints([](I32 x, I32 y) { return larger(x, y); }), a, b, area, out);
+      return map(of_ints([](I32 x, I32 y) { return max(x, y); }), a, b, area, out);
     case Op::kIntMin:
-      return map(of_ints([](I32 x, I32 y) { return smaller(x, y); }), a, b, area, out);
+      return map(of_ints([](I32 x, I32 y) { return min(x, y); }), a, b, area, out);
     case Op::kIntDiv:
       return map_division(Division::kQuotient, a, b, area, out);
     case Op::kIntRem:
@@ -560,7 +553,7 @@ static inline void map_ternary(Op op, Operand a, Operand b, Operand c,
                                Area area, Store& out) {
   switch (op) {
     case Op::kSelect:
-      return map([](F32 x, F32 y, F32 z) { return pick(as_bits(x), y, z); }, a, b, c, area,
+      return map([](F32 x, F32 y, F32 z) { return select(as_bits(x), y, z); }, a, b, c, area,
                  out);
     case Op::kMulAdd:
       return map([](F32 x, F32 y, F32 z) { return x * y + z; }, a, b, c, area, out);

@@ -1,4 +1,4 @@
-// Runs a mod program over whole arrays, as kernels do over their tiles.
+// Runs a mod program over whole arrays, tile by tile as kernels do; for tests.
 
 #pragma once
 
@@ -38,12 +38,12 @@ static void run_program(const ProgramRun& run) {
         }
         const int64_t position = (run.along_queries ? 0 : run.first) + r;
         bool any = true;
-        if (run.what == ProgramRun::kChange) {
-          runner.change(position, rows, scores, padded);
+        if (run.what == ProgramRun::kScoreMod) {
+          runner.apply_score_mod(position, rows, scores, padded);
         } else if (run.what == ProgramRun::kSlope) {
-          runner.slope(position, rows, scores, scores, padded);
+          runner.apply_slope(position, rows, scores, scores, padded);
         } else {
-          any = runner.mask(position, rows, scores, padded);
+          any = runner.apply_mask(position, rows, scores, padded);
         }
         for (int64_t i = 0; i < rows; ++i) {
           for (int64_t j = 0; j < count; ++j) {

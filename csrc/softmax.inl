@@ -1,10 +1,10 @@
-// The softmax that is computed block by block of keys, one row of scores at a time.
+// Online softmax: block by block of keys, one row of scores at a time.
 //
-// With the maximum and the sum so far at hand, taking in more keys never needs the
-// earlier scores again (Milakov & Gimelshein 2018, arXiv:1805.02867). Exponents are of
-// base 2. The maximum that weights refer to follows the true one only when that is more
-// than kSlack above it: then the output so far need not be scaled with every new block,
-// and nothing is lost, as float32 has room for far more than 2^kSlack.
+// The running maximum and sum are enough to add further keys without the earlier scores
+// (Milakov & Gimelshein 2018, arXiv:1805.02867). Exponentials are of base 2. Lazy
+// rescaling: the running row maximum is updated only when it is exceeded by more than
+// kRescaleThreshold (log2), so outputs are rarely rescaled. This costs no precision:
+// float32 holds weights far above 2^kRescaleThreshold.
 
 #pragma once
 
@@ -14,8 +14,7 @@
 namespace raptax {
 namespace RAPTAX_ISA {
 
-constexpr float kSlack = 8;
-constexpr float kLog2OfE = 1.44269504f;
+constexpr float kRescaleThreshold = 8;
 
 // Columns first <= j < last of a block of scores.
 struct Columns {
@@ -23,101 +22,101 @@ struct Columns {
   bool empty() const { return first >= last; }
 };
 
-// The keys that the band lets a query at `position` see, of `count` keys from
+// The columns that the band lets a query at `position` see, of `count` keys from
 // `first_key` on.
-static inline Columns seen_by(const Band& band, int64_t position, int64_t first_key,
+static inline Columns visible_columns(const Band& band, int64_t position, int64_t first_key,
                               int64_t count) {
-  return {most(0, position - band.left - first_key),
-          least(count, position + band.right + 1 - first_key)};
+  return {max(0, position - band.left - first_key),
+          min(count, position + band.right + 1 - first_key)};
 }
 
-// How numbers in memory become exponents of base 2. Products of queries and keys take a
-// scale on the way. Scores that have been changed are compared before they are scaled: a
-// bias may have made them so large that a product, rounded or not, is far from exact.
+// How stored scores become exponents of base 2. Products of queries and keys are scaled
+// on the way. Modified scores are compared before log2(e) is multiplied: a bias may
+// have made them so large that their product is far from exact.
 struct Exponents {
-  bool changed;
-  float scale;  // 1 if changed
+  bool modified;
+  float scale;  // 1 if modified
 
-  float high_of(float high) const { return changed ? high : high * kLog2OfE; }
-  float shrink(float before, float now) const {
-    float by = changed ? (before - now) * kLog2OfE : high_of(before) - high_of(now);
-    return exp2_of(all(by))[0];
+  float exponent_of(float row_max) const { return modified ? row_max : row_max * kLog2OfE; }
+  float rescale(float before, float now) const {
+    float by = modified ? (before - now) * kLog2OfE : exponent_of(before) - exponent_of(now);
+    return exp2_fast(broadcast(by))[0];
   }
 };
 
-template <bool kChanged>
-static inline F32 exponent(F32 x, F32 unit, F32 high) {
-  return kChanged ? (x - high) * unit : x * unit - high;
+template <bool kModified>
+static inline F32 exponent(F32 x, F32 unit, F32 row_max) {
+  return kModified ? (x - row_max) * unit : x * unit - row_max;
 }
 
-// How a row of the softmax ends: weights are exp(score - high), and add up to total.
-struct Ended {
-  float high, total;
+// The result of a row: weights are exp(score - row_max), and their sum is row_sum.
+struct RowResult {
+  float row_max, row_sum;
 
-  // high - high is NaN where a score was infinite, as the quotient would be.
-  float sum() const { return total == 0 ? 0.0f : total + (high - high); }
+  // row_max - row_max is NaN where a score was infinite, as the quotient would be.
+  float normalizer() const { return row_sum == 0 ? 0.0f : row_sum + (row_max - row_max); }
   float log_sum_exp() const {
-    return total == 0 ? -kInf : high + __builtin_logf(total);
+    return row_sum == 0 ? -kInf : row_max + __builtin_logf(row_sum);
   }
 };
 
-// What it knows on the way: the lanes of total add up to `one` for every weight of 1.
-struct Running {
-  float* high;
-  float* total;  // kLanes of them
+// The running state of a row: the lanes of row_sum add up to `one` per weight of 1.
+struct RowState {
+  float* row_max;
+  float* row_sum;  // kLanes of them
   float one = 1;
 
-  // A row starts with its sink, a key whose value is 0.
+  // Initialises with the attention sink, a key whose value is 0.
   void begin(const float* sink) {
-    *high = sink == nullptr ? -kInf : *sink;
-    store(total, F32{});
-    total[0] = *high == -kInf ? 0.0f : one;
+    *row_max = sink == nullptr ? -kInf : *sink;
+    store(row_sum, F32{});
+    row_sum[0] = *row_max == -kInf ? 0.0f : one;
   }
-  Ended end() const { return {*high, sum_of(load(total)) / one}; }
+  RowResult result() const { return {*row_max, reduce_add(load(row_sum)) / one}; }
 };
 
 template <bool kCut>
-static inline F32 largest_in(const float* scores, Columns seen, Columns whole) {
-  F32 most = all(-kInf);
+static inline F32 max_of(const float* scores, Columns visible, Columns whole) {
+  F32 largest = broadcast(-kInf);
   for (int64_t j = whole.first; j < whole.last; j += kLanes) {
     F32 x = load(scores + j);
-    if (kCut) x = between(seen.first - j, seen.last - j, x, all(-kInf));
-    most = larger(x, most);  // passes over NaN
+    if (kCut) x = select_lanes(visible.first - j, visible.last - j, x, broadcast(-kInf));
+    largest = max(x, largest);  // ignores NaN
   }
-  return most;
+  return largest;
 }
 
-static inline bool any_nan(const float* scores, Columns seen) {
-  for (int64_t j = seen.first; j < seen.last; ++j) {
+static inline bool any_nan(const float* scores, Columns visible) {
+  for (int64_t j = visible.first; j < visible.last; ++j) {
     if (scores[j] != scores[j]) return true;
   }
   return false;
 }
 
-// Finds out whether the maximum has to follow, and returns what the sums so far have to be
-// multiplied with.
+// Updates the maximum if it is exceeded by kRescaleThreshold, and returns the factor by
+// which sums and output so far have to be rescaled.
 template <bool kCut>
-static inline float follow(const float* scores, Columns seen, Columns whole, Exponents to,
-                           float& high) {
-  F32 most = largest_in<kCut>(scores, seen, whole) * to.scale;
-  if (high == -kInf) {  // and the sums are 0
-    float now = largest_of(most);
-    high = now == -kInf && any_nan(scores, seen) ? 0.0f : now;
+static inline float update_max(const float* scores, Columns visible, Columns whole, Exponents to,
+                           float& row_max) {
+  F32 largest = max_of<kCut>(scores, visible, whole) * to.scale;
+  if (row_max == -kInf) {  // and the sums are 0
+    float now = reduce_max(largest);
+    row_max = now == -kInf && any_nan(scores, visible) ? 0.0f : now;
     return 1;
   }
-  if (!any_above(most, all(high + kSlack))) return 1;
-  float now = largest_of(most), shrink = to.shrink(high, now);
-  high = now;
-  return shrink;
+  if (!any_greater(largest, broadcast(row_max + kRescaleThreshold))) return 1;
+  float now = reduce_max(largest), rescale = to.rescale(row_max, now);
+  row_max = now;
+  return rescale;
 }
 
-template <bool kChanged, bool kCut>
-static inline F32 weigh_as(float* scores, Columns seen, Columns whole, F32 unit, F32 high) {
+template <bool kModified, bool kCut>
+static inline F32 exp_row(float* scores, Columns visible, Columns whole, F32 unit, F32 row_max) {
   F32 sum = F32{};
   for (int64_t j = whole.first; j < whole.last; j += kLanes) {
-    F32 x = exponent<kChanged>(load(scores + j), unit, high);
-    if (kCut) x = between(seen.first - j, seen.last - j, x, all(-kInf));
-    F32 weight = exp2_of(x);
+    F32 x = exponent<kModified>(load(scores + j), unit, row_max);
+    if (kCut) x = select_lanes(visible.first - j, visible.last - j, x, broadcast(-kInf));
+    F32 weight = exp2_fast(x);
     sum += weight;
     store(scores + j, weight);
   }
@@ -125,33 +124,32 @@ static inline F32 weigh_as(float* scores, Columns seen, Columns whole, F32 unit,
 }
 
 template <bool kCut>
-static float weigh_by(float* scores, Columns seen, Columns whole, Exponents to,
-                      Running row) {
-  float shrink = follow<kCut>(scores, seen, whole, to, *row.high);
-  if (*row.high == -kInf) {
+static float softmax_step_cut(float* scores, Columns visible, Columns whole, Exponents to,
+                      RowState row) {
+  float rescale = update_max<kCut>(scores, visible, whole, to, *row.row_max);
+  if (*row.row_max == -kInf) {
     for (int64_t j = whole.first; j < whole.last; j += kLanes) store(scores + j, F32{});
     return 1;
   }
-  F32 unit = all(to.scale * kLog2OfE), high = all(to.high_of(*row.high));
-  F32 sum = to.changed ? weigh_as<true, kCut>(scores, seen, whole, unit, high)
-                       : weigh_as<false, kCut>(scores, seen, whole, unit, high);
-  store(row.total, load(row.total) * shrink + sum);
-  return shrink;
+  F32 unit = broadcast(to.scale * kLog2OfE), row_max = broadcast(to.exponent_of(*row.row_max));
+  F32 sum = to.modified ? exp_row<true, kCut>(scores, visible, whole, unit, row_max)
+                       : exp_row<false, kCut>(scores, visible, whole, unit, row_max);
+  store(row.row_sum, load(row.row_sum) * rescale + sum);
+  return rescale;
 }
 
-// Takes in scores[seen]. Overwrites the columns `whole`, which are full vectors, with
-// weights; those outside of `seen` are 0. Returns what the output so far has to be
-// multiplied with.
-static float weigh(float* scores, Columns seen, Columns whole, Exponents to, Running row) {
-  bool cut = seen.first > whole.first || seen.last < whole.last;
-  return cut ? weigh_by<true>(scores, seen, whole, to, row)
-             : weigh_by<false>(scores, seen, whole, to, row);
+// Adds scores[visible]. Overwrites the columns `whole`, which are full vectors, with
+// weights, 0 outside `visible`. Returns the factor that rescales the output so far.
+static float softmax_step(float* scores, Columns visible, Columns whole, Exponents to, RowState row) {
+  bool cut = visible.first > whole.first || visible.last < whole.last;
+  return cut ? softmax_step_cut<true>(scores, visible, whole, to, row)
+             : softmax_step_cut<false>(scores, visible, whole, to, row);
 }
 
-// Dropout by a hash of the place: see dropout.py.
-class Dropping {
+// Counter-based dropout, a hash of (key, b, h, q, k): see dropout.py.
+class Dropout {
  public:
-  Dropping(const Dropout& dropout, int64_t b, int64_t h)
+  Dropout(const DropoutParams& dropout, int64_t b, int64_t h)
       : rate_(dropout.rate), keep_(static_cast<float>(1.0 / (1.0 - dropout.rate))) {
     U32 state = U32{};
     for (int64_t i = 0; i < dropout.count; ++i) state = mixed(state, dropout.words[i]);
@@ -162,10 +160,10 @@ class Dropping {
   void apply(int64_t position, int64_t first_key, float* weights, Columns at) const {
     U32 row = mixed(state_, static_cast<uint32_t>(position));
     for (int64_t j = at.first; j < at.last; j += kLanes) {
-      U32 key = (U32)(counting() + static_cast<int32_t>(first_key + j));
+      U32 key = (U32)(lane_indices() + static_cast<int32_t>(first_key + j));
       U32 state = mixed(row, key);
       F32 uniform = __builtin_convertvector((I32)(state >> 8), F32) * 0x1p-24f;
-      F32 factor = (uniform >= rate_) ? all(keep_) : F32{};
+      F32 factor = (uniform >= rate_) ? broadcast(keep_) : F32{};
       store(weights + j, load(weights + j) * factor);
     }
   }
@@ -173,7 +171,7 @@ class Dropping {
  private:
   template <typename Word>
   static U32 mixed(U32 state, Word word) {
-    U32 x = state ^ word;  // MurmurHash3's finaliser
+    U32 x = state ^ word;  // MurmurHash3's finaliser (Appleby 2011)
     x = (x ^ (x >> 16)) * 0x85ebca6bu;
     x = (x ^ (x >> 13)) * 0xc2b2ae35u;
     return (x ^ (x >> 16)) + 0x9e3779b9u;

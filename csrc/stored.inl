@@ -1,4 +1,4 @@
-// Numbers as pages hold them: from vectors of any of the types, and back to bytes.
+// Elements of pages: conversion of each page type to float32 vectors, and back.
 
 #pragma once
 
@@ -13,11 +13,12 @@ namespace raptax {
 namespace RAPTAX_ISA {
 namespace pages {
 
-// Intrinsics come in their zero-masked forms: gcc 12 warns of the plain ones.
+// Intrinsics are used in their zero-masked forms: GCC 12 warns about the plain ones.
 //
-// Elements are loaded in pairs of vectors, in an order that is cheap for their type.
-// Keys and queries are in the same order, so scores do not care; outputs are put back.
-constexpr int64_t kStep = 2 * kLanes;
+// Elements are loaded as pairs of vectors in the order that is cheapest for their type
+// (`kInterleaved`). Keys and queries use the same order, so scores do not depend on it;
+// outputs are restored to natural order.
+constexpr int64_t kPairLanes = 2 * kLanes;
 
 typedef uint16_t U16 __attribute__((vector_size(2 * RAPTAX_LANES)));
 typedef uint8_t U8 __attribute__((vector_size(RAPTAX_LANES)));
@@ -59,7 +60,7 @@ struct Float32 {
 struct BFloat16 {
   static constexpr int64_t kBytes = 2;
   static constexpr bool kFitsBFloat16 = true;
-  static constexpr bool kInterleaved = true;  // even elements first, then odd ones
+  static constexpr bool kInterleaved = true;  // even elements first, then the odd ones
   static inline void pair(const char* row, int64_t i, F32& a, F32& b) {
     U32 x = read<U32>(row + 2 * i);
     a = (F32)(x << 16);
@@ -81,7 +82,7 @@ struct Int8 {
   static constexpr int64_t kBytes = 1;
   static constexpr bool kFitsBFloat16 = true;
   static constexpr bool kInterleaved = false;
-  static inline F32 one(const char* p) {  // in two steps, or gcc 12 goes lane by lane
+  static inline F32 one(const char* p) {  // in two steps: GCC 12 scalarises a single conversion
 #if RAPTAX_LANES == 16
     I32 x = (I32)_mm512_maskz_cvtepi8_epi32(0xffff, read<__m128i>(p));
 #elif defined(__AVX2__)
@@ -123,10 +124,10 @@ struct E4M3 {  // a float16 of 2^-8 times the number; but the largest code is Na
   }
 };
 
-// A row in the order in which pairs come: `size` elements, a multiple of kStep.
+// Permutes a row into the order of `pair`: `size` elements, a multiple of kPairLanes.
 template <typename Element>
 static inline void arrange(const float* from, int64_t size, float* to) {
-  for (int64_t i = 0; i < size; i += kStep) {
+  for (int64_t i = 0; i < size; i += kPairLanes) {
     for (int l = 0; l < kLanes; ++l) {
       to[i + l] = from[i + (Element::kInterleaved ? 2 * l : l)];
       to[i + kLanes + l] = from[i + (Element::kInterleaved ? 2 * l + 1 : kLanes + l)];
@@ -134,10 +135,10 @@ static inline void arrange(const float* from, int64_t size, float* to) {
   }
 }
 
-// And back.
+// The inverse permutation.
 template <typename Element>
 static inline void restore(const float* from, int64_t size, float* to) {
-  for (int64_t i = 0; i < size; i += kStep) {
+  for (int64_t i = 0; i < size; i += kPairLanes) {
     for (int l = 0; l < kLanes; ++l) {
       to[i + (Element::kInterleaved ? 2 * l : l)] = from[i + l];
       to[i + (Element::kInterleaved ? 2 * l + 1 : kLanes + l)] = from[i + kLanes + l];
@@ -184,10 +185,11 @@ static constexpr float power_of_two(int n) {
   return x;
 }
 
-// A float of `kMantissa` bits of fraction whose smallest normal number is 2^`kLowest`,
-// rounded to even, without its sign: for |x| below where it overflows.
+// Rounds |x| to nearest even in a float format of `kMantissa` fraction bits whose
+// smallest normal number is 2^`kLowest`; the sign is not included. |x| must not
+// overflow.
 template <int kMantissa, int kLowest>
-static inline uint32_t to_small(float magnitude) {
+static inline uint32_t to_minifloat(float magnitude) {
   constexpr float kUnits = power_of_two(kMantissa - kLowest);
   if (magnitude < power_of_two(kLowest)) {
     return static_cast<uint32_t>(__builtin_rintf(magnitude * kUnits));
@@ -203,18 +205,18 @@ static inline uint16_t to_float16(float x) {
   float magnitude = __builtin_fabsf(x);
   if (x != x) return static_cast<uint16_t>(sign | 0x7e00);
   if (magnitude >= 65520) return static_cast<uint16_t>(sign | 0x7c00);
-  return static_cast<uint16_t>(sign | to_small<10, -14>(magnitude));
+  return static_cast<uint16_t>(sign | to_minifloat<10, -14>(magnitude));
 }
 
 // `size` numbers from number `from` on, as float32; whether all are finite.
 static inline bool read_numbers(Type type, const void* data, int64_t from, int64_t size,
                                 float* to) {
   int64_t i = 0;
-  I32 odd = {};
+  I32 nonfinite = {};
   auto convert = [&](auto one) {
     for (; i + kLanes <= size; i += kLanes) {
       F32 x = one(static_cast<const char*>(data), from + i);
-      odd |= x - x != 0;
+      nonfinite |= x - x != 0;
       store(to + i, x);
     }
   };
@@ -232,7 +234,7 @@ static inline bool read_numbers(Type type, const void* data, int64_t from, int64
     to[i] = read_number(type, data, from + i);
     finite &= to[i] - to[i] == 0;
   }
-  for (int l = 0; l < kLanes; ++l) finite &= odd[l] == 0;
+  for (int l = 0; l < kLanes; ++l) finite &= nonfinite[l] == 0;
   return finite;
 }
 
@@ -260,24 +262,24 @@ static inline void write_numbers(Type type, void* data, int64_t from, int64_t si
 
 // -------------------------------------------------------------------------- quantised
 
-static inline float largest_code(Stored stored) {
-  return stored == Stored::kS8 ? 127.0f : stored == Stored::kE4M3 ? 448.0f : 57344.0f;
+static inline float max_code(PageType stored) {
+  return stored == PageType::kS8 ? 127.0f : stored == PageType::kE4M3 ? 448.0f : 57344.0f;
 }
 
-static inline uint8_t to_code(Stored stored, float x) {
-  if (stored == Stored::kS8) {
+static inline uint8_t to_code(PageType stored, float x) {
+  if (stored == PageType::kS8) {
     return static_cast<uint8_t>(static_cast<int8_t>(__builtin_rintf(x)));
   }
   uint32_t sign = float_to_bits(x) >> 24 & 0x80;
   float magnitude = __builtin_fabsf(x);
   uint32_t code =
-      stored == Stored::kE4M3 ? to_small<3, -6>(magnitude) : to_small<2, -14>(magnitude);
+      stored == PageType::kE4M3 ? to_minifloat<3, -6>(magnitude) : to_minifloat<2, -14>(magnitude);
   return static_cast<uint8_t>(sign | code);
 }
 
-// Writes a row as codes and returns its scale: max |x| / largest code. A row of zeros
-// has the scale 0; one that is not finite the scale NaN.
-static inline float quantise(Stored stored, Type type, const void* row, int64_t from,
+// Quantizes a row to codes and returns its scale, max |x| / largest code. The scale of
+// a zero row is 0, that of a row with a NaN or Inf is NaN.
+static inline float quantize(PageType stored, Type type, const void* row, int64_t from,
                              int64_t size, uint8_t* codes) {
   float high = 0;
   bool finite = true;
@@ -286,7 +288,7 @@ static inline float quantise(Stored stored, Type type, const void* row, int64_t 
     finite &= x - x == 0;
     high = x > high ? x : high;
   }
-  float scale = high * (1.0f / largest_code(stored));  // as quant/rows.py does
+  float scale = high * (1.0f / max_code(stored));  // as quant/rows.py does
   if (!finite || scale < 0x1p-126f) {
     memset(codes, 0, static_cast<size_t>(size));
     return finite ? 0.0f : __builtin_nanf("");

@@ -9,10 +9,11 @@ namespace raptax {
 namespace RAPTAX_ISA {
 
 #if defined(__AVX512BW__)
-// 0 <= x < 0.125 and then four pieces for every power of two, up to 10: where a piece
-// starts, and a polynomial of degree 5 in the distance from there, the constant first. Our
-// own fits, with the least relative error. Looking up is done by other ports than
-// multiplying; beside tile products a soft cap costs a quarter less than by a quotient.
+// Piecewise polynomials of degree 5: one piece for 0 <= x < 0.125, then four per octave
+// up to 10. Row 0 holds where each piece starts, row n + 1 the coefficient of (x -
+// start)^n. Our own fits of least relative error. Table lookups use other ports than
+// multiplication: beside tile products a soft cap costs a quarter less than as a
+// quotient of polynomials.
 alignas(64) constexpr float kTanhPieces[7][32] = {
     {0.0f, 0.125f, 0.15625f, 0.1875f, 0.21875f, 0.25f, 0.3125f, 0.375f, 0.4375f, 0.5f,
     0.625f, 0.75f, 0.875f, 1.0f, 1.25f, 1.5f, 1.75f, 2.0f, 2.5f, 3.0f, 3.5f, 4.0f, 5.0f,
@@ -48,36 +49,36 @@ alignas(64) constexpr float kTanhPieces[7][32] = {
     1.916745e-3f, 7.7151123e-4f, 2.9306437e-4f, 6.870457e-5f, 9.334609e-6f, 1.2639704e-6f,
     1.7107206e-7f, 9.799487e-9f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f}};
 
-static inline F32 look_up(const float* pieces, __m512i piece) {
+static inline F32 lookup(const float* pieces, __m512i piece) {
   return (F32)_mm512_permutex2var_ps(_mm512_load_ps(pieces), piece,
                                      _mm512_load_ps(pieces + 16));
 }
 
 RAPTAX_INLINE F32 tanh(F32 x) {
   I32 sign = as_bits(x) & INT32_MIN;
-  F32 size = smaller(all(9.02f), as_float(as_bits(x) ^ sign));  // NaN stays
-  // The exponent and two more bits, from those of 0.125 on; all that is below is piece 0.
+  F32 size = min(broadcast(9.02f), as_float(as_bits(x) ^ sign));  // NaN stays
+  // Exponent and two mantissa bits, relative to those of 0.125; saturates at piece 0.
   __m512i from = _mm512_subs_epu16((__m512i)size, _mm512_set1_epi32(0x3de0ffff));
   __m512i piece = _mm512_srli_epi32(from, 21);
-  F32 t = size - look_up(kTanhPieces[0], piece);
-  F32 y = look_up(kTanhPieces[6], piece);
-  for (int n = 5; n > 0; --n) y = y * t + look_up(kTanhPieces[n], piece);
+  F32 t = size - lookup(kTanhPieces[0], piece);
+  F32 y = lookup(kTanhPieces[6], piece);
+  for (int n = 5; n > 0; --n) y = y * t + lookup(kTanhPieces[n], piece);
   return as_float(as_bits(y) | sign);
 }
 #else
 RAPTAX_INLINE F32 tanh(F32 x) {
-  const F32 y = within(x, -9.02f, 9.02f), z = y * y;
-  F32 p = all(1.8162370912788717e-11f);
+  const F32 y = clamp(x, -9.02f, 9.02f), z = y * y;
+  F32 p = broadcast(1.8162370912788717e-11f);
   p = p * z - 1.2743785582358669e-8f;
   p = p * z + 9.255117220163811e-6f;
   p = p * z + 2.919409889727831e-3f;
   p = p * z + 1.291797012090683e-1f;
   p = p * z + 1.0f;
-  F32 q = all(2.27913522394374e-4f);
+  F32 q = broadcast(2.27913522394374e-4f);
   q = q * z + 2.3757630959153175e-2f;
   q = q * z + 4.625125229358673e-1f;
   q = q * z + 1.0f;
-  return within(y * p * inverse(q), -1.0f, 1.0f);
+  return clamp(y * p * reciprocal(q), -1.0f, 1.0f);
 }
 #endif
 

@@ -1,4 +1,4 @@
-// Pieces of work handed out one by one to whichever threads come. See parallel.h.
+// A work queue: tasks 0 .. count - 1 claimed one by one by an atomic counter.
 #pragma once
 
 #include <atomic>
@@ -9,30 +9,32 @@
 
 namespace raptax {
 
-// Each thread that comes takes the next ticket until there are none left.
-class Tickets {
+// Each thread claims the next task until none is left.
+class WorkQueue {
  public:
-  explicit Tickets(int64_t count) : count_(count) {}
+  explicit WorkQueue(int64_t count) : count_(count) {}
 
-  // Runs pieces 0 .. count - 1 here and on up to `helpers` other threads, each asked for
-  // by schedule(function). Returns when all pieces are done, even if nobody comes.
+  // Runs tasks 0 .. count - 1 on this thread and on up to `helpers` others, each
+  // requested by schedule(function). Returns when all tasks are done, even if no helper
+  // starts.
   template <typename Schedule>
-  static void share(int64_t count, int64_t helpers, void (*piece)(void*, int64_t),
+  static void parallel_for(int64_t count, int64_t helpers, void (*task)(void*, int64_t),
                     void* context, const Schedule& schedule) {
     if (count <= 0) return;
-    auto tickets = std::make_shared<Tickets>(count);
+    auto queue = std::make_shared<WorkQueue>(count);
     for (int64_t i = 0; i < helpers && i < count - 1; ++i) {
-      // A thread that comes when all is done finds no ticket, and touches nothing else.
-      schedule([tickets, piece, context] { tickets->work(piece, context); });
+      // A helper that starts after the last task finds none left and reads only the
+      // queue, which it shares the ownership of.
+      schedule([queue, task, context] { queue->work(task, context); });
     }
-    tickets->work(piece, context);
-    tickets->wait();
+    queue->work(task, context);
+    queue->wait();
   }
 
  private:
-  void work(void (*piece)(void*, int64_t), void* context) {
+  void work(void (*task)(void*, int64_t), void* context) {
     for (int64_t n = next_++; n < count_; n = next_++) {
-      piece(context, n);
+      task(context, n);
       if (++done_ == count_) {
         std::lock_guard<std::mutex> lock(guard_);
         finished_.notify_all();

@@ -1,5 +1,5 @@
-// What paged attention needs of vectors beyond simd.h: sums of many vectors at once,
-// transposition, 2^x, small matrix products, and flushing of denormal numbers.
+// Vector operations of the paged kernel beyond simd.h: several horizontal sums at once,
+// transposition, 2^x, small matrix products.
 
 #pragma once
 
@@ -23,8 +23,9 @@ namespace pages {
 #define RAPTAX_ALL(f, h) RAPTAX_4(f, h)
 #endif
 
-// Lanes of two vectors, for shuffles at a distance of h: stay where the lane number has
-// the bit h as the vector does (a: unset, b: set); swap takes the other ones, exchanged.
+// Lane selections for shuffles of two vectors a, b at distance h. STAY takes lane i of
+// a where bit h of i is unset and of b where it is set; SWAP takes the other half of
+// each, exchanged.
 #define RAPTAX_STAY(i, h) ((i) & (h) ? RAPTAX_LANES + (i) : (i))
 #define RAPTAX_SWAP(i, h) ((i) & (h) ? RAPTAX_LANES + (i) - (h) : (i) + (h))
 #define RAPTAX_LOW(i, h) ((i) & (h) ? RAPTAX_LANES + (i) - (h) : (i))
@@ -48,7 +49,7 @@ static inline F32 fold(F32 a, F32 b) {
   }
 }
 
-// Lane i of the result is the sum of the lanes of x[i]. Overwrites x.
+// Horizontal sums: lane i of the result is the sum of the lanes of x[i]. Overwrites x.
 template <int h = kLanes / 2>
 static inline F32 sums(F32* x) {
   for (int i = 0; i < h; ++i) x[i] = fold<h>(x[i], x[i + h]);
@@ -91,14 +92,12 @@ static inline void transpose(F32* x) {
   if constexpr (h > 1) transpose<h / 2>(x);
 }
 
-constexpr float kLog2E = 1.44269504088896341f;
-
 // 2^x for x <= 0, to 1 ulp or 2; 0 below the smallest normal number, and for NaN.
-static inline F32 power(F32 x) {
-  F32 kept = x > -126.0f ? x : all(-126.0f);
-  F32 rounder = all(0x1.8p23f), shifted = kept + rounder;
+static inline F32 exp2_nonpositive(F32 x) {
+  F32 kept = x > -126.0f ? x : broadcast(-126.0f);
+  F32 rounder = broadcast(0x1.8p23f), shifted = kept + rounder;
   F32 f = kept - (shifted - rounder);
-  F32 y = all(1.5252734e-05f);
+  F32 y = broadcast(1.5252734e-05f);
   y = y * f + 1.5403530e-04f;
   y = y * f + 1.3333558e-03f;
   y = y * f + 9.6181291e-03f;
@@ -111,7 +110,7 @@ static inline F32 power(F32 x) {
 }
 
 // exp(a - b) for a <= b where a may be -inf.
-static inline float shrink_from(float a, float b) { return power(all((a - b) * kLog2E))[0]; }
+static inline float exp_difference(float a, float b) { return exp2_nonpositive(broadcast((a - b) * kLog2OfE))[0]; }
 
 static inline bool any_lane(I32 x) {
   uint64_t words[kLanes / 2], found = 0;
@@ -121,54 +120,36 @@ static inline bool any_lane(I32 x) {
 }
 
 // out[r, c] = sum over d < depth of a[r, d] * b[d, c], for kRows x kColumns * kLanes.
-constexpr int kRows = RAPTAX_LANES == 16 ? 8 : 4, kColumns = 2;
+constexpr int kMicroRows = RAPTAX_LANES == 16 ? 8 : 4, kMicroVectors = 2;
 
-static inline void small_product(const float* a, int64_t a_stride, const float* b,
+static inline void micro_gemm(const float* a, int64_t a_stride, const float* b,
                                  int64_t b_stride, int64_t depth, float* out,
                                  int64_t out_stride) {
-  F32 sum[kRows][kColumns] = {};
+  F32 sum[kMicroRows][kMicroVectors] = {};
   for (int64_t d = 0; d < depth; ++d) {
-    F32 column[kColumns];
-    for (int c = 0; c < kColumns; ++c) column[c] = load(b + d * b_stride + c * kLanes);
-    for (int r = 0; r < kRows; ++r) {
-      F32 factor = all(a[r * a_stride + d]);
-      for (int c = 0; c < kColumns; ++c) sum[r][c] += factor * column[c];
+    F32 column[kMicroVectors];
+    for (int c = 0; c < kMicroVectors; ++c) column[c] = load(b + d * b_stride + c * kLanes);
+    for (int r = 0; r < kMicroRows; ++r) {
+      F32 factor = broadcast(a[r * a_stride + d]);
+      for (int c = 0; c < kMicroVectors; ++c) sum[r][c] += factor * column[c];
     }
   }
-  for (int r = 0; r < kRows; ++r) {
-    for (int c = 0; c < kColumns; ++c) store(out + r * out_stride + c * kLanes, sum[r][c]);
+  for (int r = 0; r < kMicroRows; ++r) {
+    for (int c = 0; c < kMicroVectors; ++c) store(out + r * out_stride + c * kLanes, sum[r][c]);
   }
 }
 
 // The same for any multiples of these rows and columns.
-static void product(int64_t rows, int64_t columns, int64_t depth, const float* a,
+static void gemm(int64_t rows, int64_t columns, int64_t depth, const float* a,
                     int64_t a_stride, const float* b, int64_t b_stride, float* out,
                     int64_t out_stride) {
-  for (int64_t c = 0; c < columns; c += kColumns * kLanes) {
-    for (int64_t r = 0; r < rows; r += kRows) {
-      small_product(a + r * a_stride, a_stride, b + c, b_stride, depth,
+  for (int64_t c = 0; c < columns; c += kMicroVectors * kLanes) {
+    for (int64_t r = 0; r < rows; r += kMicroRows) {
+      micro_gemm(a + r * a_stride, a_stride, b + c, b_stride, depth,
                     out + r * out_stride + c, out_stride);
     }
   }
 }
-
-// Flushes denormal numbers, which cost a hundred cycles each, while it lives.
-class FlushDenormals {
- public:
-#if defined(__SSE2__)
-  FlushDenormals() : before_(__builtin_ia32_stmxcsr()) {
-    __builtin_ia32_ldmxcsr(before_ | 0x8040);
-  }
-  ~FlushDenormals() { __builtin_ia32_ldmxcsr(before_); }
-
- private:
-  unsigned before_;
-#endif
-};
-
-static inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
-static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 }  // namespace pages
 }  // namespace RAPTAX_ISA

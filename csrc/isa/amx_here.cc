@@ -22,7 +22,7 @@ static bool ask() {
 static bool ask() { return false; }
 #endif
 
-bool amx_here() {
+bool amx_available() {
   static const bool here = ask();
   return here;
 }

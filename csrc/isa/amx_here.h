@@ -1,9 +1,9 @@
-// Whether this process may use AMX's tiles for bfloat16.
+// AMX support of the CPU and the operating system.
 #pragma once
 
 namespace raptax {
 
 // Asks the kernel for the tile registers, once per process.
-bool amx_here();
+bool amx_available();
 
 }  // namespace raptax

@@ -13,7 +13,7 @@ namespace fuzz {
 constexpr double kInfinite = std::numeric_limits<double>::infinity();
 
 struct Case {
-  Backward p{};  // without results
+  BackwardParams p{};  // without results
   Mod score, mask;
   Arrays arrays;
 
@@ -26,13 +26,13 @@ struct Case {
   }
 
   const Shape& shape() const { return p.forward.shape; }
-  const Rules& rules() const { return p.forward.rules; }
+  const ScoreParams& score_params() const { return p.forward.score_params; }
   Place place(int64_t b, int64_t h, int64_t t, int64_t k) const {
-    return {b, h, rules().first(b) + t, k};
+    return {b, h, score_params().first(b) + t, k};
   }
   // What tiles sum up: the band and the mask's program.
   bool allowed(const Place& at) const {
-    const Band& band = rules().band;
+    const Band& band = score_params().band;
     if (at.k < at.q - band.left || at.k > at.q + band.right) return false;
     return !mask || mask.value(at, 0) != 0;
   }
@@ -47,7 +47,7 @@ struct Case {
   }
   // A factor of dropout; see dropout.py.
   double kept(const Place& at) const {
-    const Dropout& dropout = rules().dropout;
+    const DropoutParams& dropout = score_params().dropout;
     if (dropout.words == nullptr) return 1;
     uint32_t state = 0;
     auto absorb = [&state](int64_t word) {
@@ -140,46 +140,46 @@ struct Case {
 
   void draw_band() {
     const Shape& s = shape();
-    Rules& rules = p.forward.rules;
-    rules.starts = chance(60) ? 1 : s.B;
+    ScoreParams& score_params = p.forward.score_params;
+    score_params.starts = chance(60) ? 1 : s.B;
     std::vector<int32_t> starts;
-    for (int64_t b = 0; b < rules.starts; ++b) {
+    for (int64_t b = 0; b < score_params.starts; ++b) {
       int64_t start = chance(60) ? s.S - s.T + between(-2, 2) : between(-s.T - 2, s.S + 2);
       if (chance(2)) start = between(-(1 << 29), 1 << 29);
       starts.push_back(static_cast<int32_t>(start));
     }
-    rules.start = arrays.keep(starts);
-    if (chance(50)) rules.band.right = chance(70) ? 0 : between(0, s.S);
-    if (chance(40)) rules.band.left = chance(50) ? between(0, 20) : between(0, s.S);
+    score_params.start = arrays.keep(starts);
+    if (chance(50)) score_params.band.right = chance(70) ? 0 : between(0, s.S);
+    if (chance(40)) score_params.band.left = chance(50) ? between(0, 20) : between(0, s.S);
   }
 
   void draw_rules() {
     const Shape& s = shape();
-    Rules& rules = p.forward.rules;
-    rules.scale = (chance(85) ? 1.0f : 6.0f) / std::sqrt(static_cast<float>(s.D));
-    if (chance(6)) rules.scale = chance(50) ? 0 : -rules.scale;
+    ScoreParams& score_params = p.forward.score_params;
+    score_params.scale = (chance(85) ? 1.0f : 6.0f) / std::sqrt(static_cast<float>(s.D));
+    if (chance(6)) score_params.scale = chance(50) ? 0 : -score_params.scale;
     if (chance(25)) draw_mask();
     if (chance(30)) draw_bias();
     if (chance(30)) {
       float* sinks = draw_floats(s.H);
       if (chance(20)) sinks[between(0, s.H - 1)] = -std::numeric_limits<float>::infinity();
-      rules.sinks = sinks;
+      score_params.sinks = sinks;
     }
     if (chance(25)) {
       score = random_score_mod(&arrays, s);
-      rules.score_program = &score.program;
+      score_params.score_program = &score.program;
       if (score.slope.code != nullptr) p.slope_program = &score.slope;
     }
     if (chance(25)) {
       mask = random_mask_mod(&arrays, s);
-      rules.mask_program = &mask.program;
+      score_params.mask_program = &mask.program;
     }
     if (chance(20)) {
       std::vector<uint32_t> words;
       for (int64_t i = chance(70) ? 2 : 4; i > 0; --i) {
         words.push_back(static_cast<uint32_t>(rng()));
       }
-      rules.dropout = {arrays.keep(words), static_cast<int64_t>(words.size()),
+      score_params.dropout = {arrays.keep(words), static_cast<int64_t>(words.size()),
                        static_cast<float>(between(1, 19)) * 0.05f};
     }
     if (chance(mask ? 70 : 20)) draw_kinds();
@@ -199,7 +199,7 @@ struct Case {
   }
 
   void draw_mask() {
-    Broadcast<const uint8_t>& mask = p.forward.rules.mask;
+    Broadcast<const uint8_t>& mask = p.forward.score_params.mask;
     int64_t count = draw_strides(mask.stride), percent = between(0, 3) * 33 + 1;
     std::vector<uint8_t> entries;
     for (int64_t i = 0; i < count; ++i) entries.push_back(chance(percent));
@@ -207,7 +207,7 @@ struct Case {
   }
 
   void draw_bias() {
-    Broadcast<const float>& bias = p.forward.rules.bias;
+    Broadcast<const float>& bias = p.forward.score_params.bias;
     int64_t count = draw_strides(bias.stride);
     float* data = draw_floats(count);
     float by = chance(10) ? 300 : 1;
@@ -226,7 +226,7 @@ struct Case {
   // nobody looked.
   void draw_kinds() {
     const Shape& s = shape();
-    TileKinds& kinds = p.forward.rules.kinds;
+    BlockKinds& kinds = p.forward.score_params.kinds;
     kinds.queries = chance(50) ? 128 : between(1, 150);
     kinds.keys = chance(50) ? 128 : between(1, 150);
     int64_t down = (s.T + kinds.queries - 1) / kinds.queries;

@@ -29,7 +29,7 @@ struct Sums {
 
 struct Results {
   Arrays arrays;
-  Backward p;
+  BackwardParams p;
   int64_t biases;
 
   explicit Results(const Case& c) : p(c.p), biases(c.entries(c.p.d_bias)) {
@@ -43,11 +43,11 @@ struct Results {
     if (p.d_bias.data != nullptr) {
       p.d_bias.data = arrays.keep(std::vector<float>(static_cast<size_t>(biases), 0.0f));
     }
-    if (p.forward.rules.sinks != nullptr) {
+    if (p.forward.score_params.sinks != nullptr) {
       p.d_sinks = static_cast<float*>(poisoned(s.H * 4));
     }
   }
-  void run(const Kernels& kernels, const Parallel& parallel) {
+  void run(const Kernels& kernels, const ThreadPool& parallel) {
     kernels.forward(p.forward, parallel);
     kernels.backward(p, parallel);
   }
@@ -84,16 +84,16 @@ struct Row {
 
   Row(const Case& c, int64_t b, int64_t h, int64_t t) {
     const Shape& s = c.shape();
-    const Rules& rules = c.rules();
-    const Forward& f = c.p.forward;
+    const ScoreParams& score_params = c.score_params();
+    const ForwardParams& f = c.p.forward;
     int64_t query = ((b * s.H + h) * s.T + t) * s.D;
     bool good_query = finite(f.query, query, s.D, f.type);
     for (int64_t k = 0; k < s.S; ++k) {
       Place at = c.place(b, h, t, k);
       int64_t row = (b * s.K + h / (s.H / s.K)) * s.S + k;
       bool seen = c.allowed(at);
-      if (rules.mask.data != nullptr) {
-        seen &= rules.mask.row(b, h, t)[k * rules.mask.stride[3]] != 0;
+      if (score_params.mask.data != nullptr) {
+        seen &= score_params.mask.row(b, h, t)[k * score_params.mask.stride[3]] != 0;
       }
       kept.push_back(c.kept(at));
       if (!seen) {
@@ -106,9 +106,9 @@ struct Row {
         double x = read(f.query, f.type, query + d) * read(f.key, f.type, row * s.D + d);
         product += x, size += std::abs(x);
       }
-      double scale = static_cast<double>(rules.scale), base = product * scale, bias = 0;
-      if (rules.bias.data != nullptr) {
-        bias = static_cast<double>(rules.bias.row(b, h, t)[k * rules.bias.stride[3]]);
+      double scale = static_cast<double>(score_params.scale), base = product * scale, bias = 0;
+      if (score_params.bias.data != nullptr) {
+        bias = static_cast<double>(score_params.bias.row(b, h, t)[k * score_params.bias.stride[3]]);
       }
       base += bias;
       bool good = good_query && finite(f.key, row * s.D, s.D, f.type) &&
@@ -165,7 +165,7 @@ class Check {
  private:
   void forward(const Row& row, int64_t n, int64_t b, int64_t h) {
     double sink = -kInfinite;
-    if (c_.rules().sinks != nullptr) sink = static_cast<double>(c_.rules().sinks[h]);
+    if (c_.score_params().sinks != nullptr) sink = static_cast<double>(c_.score_params().sinks[h]);
     double high = sink;
     for (double x : row.score) high = std::max(high, x);  // passes over NaN
     bool nothing = high == -kInfinite && !row.strange;
@@ -210,7 +210,7 @@ class Check {
       delta += x, size += std::abs(x);
     }
     if (p_.d_sinks != nullptr) {
-      double weight = std::exp(static_cast<double>(c_.rules().sinks[h]) - lse);
+      double weight = std::exp(static_cast<double>(c_.score_params().sinks[h]) - lse);
       d_sinks_.add(h, -weight * delta, row.inexact + 1e-5);
       d_sinks_.slack[static_cast<size_t>(h)] += weight * size * 1e-5;
     }
@@ -228,7 +228,7 @@ class Check {
       double d_base = weight * (d_weight - delta) * row.slope[i];
       // Its slack comes from the parts, which may cancel.
       double slack = weight * most * std::abs(row.slope[i]) * (relative + 1e-6);
-      double scale = static_cast<double>(c_.rules().scale);
+      double scale = static_cast<double>(c_.score_params().scale);
       auto spread = [&](Sums* sums, int64_t at, double factor) {
         sums->value[static_cast<size_t>(at)] += d_base * factor;
         sums->slack[static_cast<size_t>(at)] += slack * std::abs(factor);
@@ -264,16 +264,16 @@ class Check {
                   name, (long long)at, actual, wanted, slack, static_cast<int>(type_),
                   (long long)s_.B, (long long)s_.H, (long long)s_.K, (long long)s_.T,
                   (long long)s_.S, (long long)s_.D, (long long)s_.E,
-                  c_.rules().mask.data ? " mask" : "", c_.rules().bias.data ? " bias" : "",
-                  c_.rules().sinks ? " sinks" : "", c_.score ? " score" : "",
-                  c_.mask ? " mod" : "", c_.rules().dropout.words ? " dropout" : "",
-                  c_.rules().kinds.data ? " kinds" : "");
+                  c_.score_params().mask.data ? " mask" : "", c_.score_params().bias.data ? " bias" : "",
+                  c_.score_params().sinks ? " sinks" : "", c_.score ? " score" : "",
+                  c_.mask ? " mod" : "", c_.score_params().dropout.words ? " dropout" : "",
+                  c_.score_params().kinds.data ? " kinds" : "");
     fail("attention", text);
   }
 
   const Case& c_;
   const Shape& s_;
-  const Backward& p_;
+  const BackwardParams& p_;
   Type type_;
   double rounding_;
   Sums d_query_, d_key_, d_value_, d_bias_, d_sinks_;

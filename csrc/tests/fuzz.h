@@ -16,12 +16,12 @@
 namespace raptax {
 namespace fuzz {
 
-struct Serial final : Parallel {
+struct Serial final : ThreadPool {
   bool ascending;
   explicit Serial(bool up) : ascending(up) {}
   int threads() const override { return 1; }
-  void run(int64_t count, void (*piece)(void*, int64_t), void* context) const override {
-    for (int64_t n = 0; n < count; ++n) piece(context, ascending ? n : count - 1 - n);
+  void run(int64_t count, void (*task)(void*, int64_t), void* context) const override {
+    for (int64_t n = 0; n < count; ++n) task(context, ascending ? n : count - 1 - n);
   }
 };
 
@@ -79,9 +79,9 @@ inline double decode(uint32_t code, int fraction, int exponent, bool finite_only
   return sign ? -value : value;
 }
 
-inline double read(const void* from, Stored stored, int64_t i) {
+inline double read(const void* from, PageType stored, int64_t i) {
   const char* data = static_cast<const char*>(from);
-  if (stored == Stored::kF32) {
+  if (stored == PageType::kF32) {
     float x;
     std::memcpy(&x, data + 4 * i, 4);
     return static_cast<double>(x);
@@ -89,16 +89,16 @@ inline double read(const void* from, Stored stored, int64_t i) {
   if (bytes_of(stored) == 2) {
     uint16_t x;
     std::memcpy(&x, data + 2 * i, 2);
-    return stored == Stored::kBF16 ? decode(x, 7, 8, false) : decode(x, 10, 5, false);
+    return stored == PageType::kBF16 ? decode(x, 7, 8, false) : decode(x, 10, 5, false);
   }
   auto x = static_cast<uint8_t>(data[i]);
-  if (stored == Stored::kS8) return static_cast<int8_t>(x);
-  return stored == Stored::kE4M3 ? decode(x, 3, 4, true) : decode(x, 2, 5, false);
+  if (stored == PageType::kS8) return static_cast<int8_t>(x);
+  return stored == PageType::kE4M3 ? decode(x, 3, 4, true) : decode(x, 2, 5, false);
 }
 
-inline Stored as_stored(Type type) {
-  if (type == Type::kF32) return Stored::kF32;
-  return type == Type::kBF16 ? Stored::kBF16 : Stored::kF16;
+inline PageType as_stored(Type type) {
+  if (type == Type::kF32) return PageType::kF32;
+  return type == Type::kBF16 ? PageType::kBF16 : PageType::kF16;
 }
 inline double read(const void* from, Type type, int64_t i) {
   return read(from, as_stored(type), i);
@@ -127,13 +127,13 @@ inline Bytes random_rows(Type type, int64_t count) {
   return rows;
 }
 
-inline double step_of(Stored stored) {  // largest relative rounding error
+inline double step_of(PageType stored) {  // largest relative rounding error
   switch (stored) {
-    case Stored::kF32: return 6e-8;
-    case Stored::kBF16: return 1.0 / 256;
-    case Stored::kF16: return 1.0 / 2048;
-    case Stored::kS8: return 0;
-    case Stored::kE4M3: return 1.0 / 16;
+    case PageType::kF32: return 6e-8;
+    case PageType::kBF16: return 1.0 / 256;
+    case PageType::kF16: return 1.0 / 2048;
+    case PageType::kS8: return 0;
+    case PageType::kE4M3: return 1.0 / 16;
     default: return 1.0 / 8;
   }
 }

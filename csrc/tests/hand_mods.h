@@ -63,13 +63,13 @@ class ModWriter {
     return add(Op::kIntAdd, row, add(Op::kKey));
   }
 
-  Program done(bool changes_scores) const {
+  Program done(bool reads_scores) const {
     Program program;
     program.code = arrays_->keep(words_);
     program.code_size = static_cast<int64_t>(words_.size());
     program.arrays = arrays_->keep(captured_);
     program.array_count = static_cast<int64_t>(captured_.size());
-    if (const char* reason = why_not(program, changes_scores)) fail("program", reason);
+    if (const char* reason = unsupported_reason(program, reads_scores)) fail("program", reason);
     return program;
   }
 

@@ -1,5 +1,5 @@
 // Random ragged batches against plain loops in double precision: what pages hold after
-// appending, what rows get, and that slots nobody holds, which are NaN here, are neither
+// appending, what rows get, and that slots no sequence owns, which are NaN here, are neither
 // seen nor touched. Every array has just its size, so that a sanitizer sees any step
 // beyond it. See `make native-test`; RAPTAX_ISA picks the instruction set.
 //
@@ -21,8 +21,8 @@ using namespace raptax::fuzz;
 namespace {
 
 struct Case {
-  Paged p{};
-  std::vector<int64_t> held;
+  PagedParams p{};
+  std::vector<int64_t> page_exists;
   int32_t *table = nullptr, *lengths = nullptr;  // as p has them
   Arrays arrays;
   bool quantised = false;
@@ -34,7 +34,7 @@ struct Case {
     p.D = size(), p.E = chance(60) ? p.D : size();
     p.L = between(1, 2), p.layer = between(0, p.L - 1), p.P = between(1, 20);
     p.type = static_cast<Type>(between(0, 2)), p.new_type = static_cast<Type>(between(0, 2));
-    p.stored = static_cast<Stored>(between(0, 5));
+    p.stored = static_cast<PageType>(between(0, 5));
     quantised = bytes_of(p.stored) == 1;
     p.scale = 1 / std::sqrt(static_cast<float>(p.D));
     if (chance(50)) p.band.right = chance(70) ? 0 : between(0, 5);
@@ -51,7 +51,7 @@ struct Case {
     for (int64_t b = 0; b < p.B; ++b) {
       int64_t rows = chance(85) ? between(0, 4) : between(5, 40);
       int64_t before = chance(90) ? between(0, 70) : between(1000, 1200);
-      held.push_back(before + rows);
+      page_exists.push_back(before + rows);
       stored_lengths.push_back(static_cast<int32_t>(appends ? before : before + rows));
       offsets.push_back(offsets.back() + static_cast<int32_t>(rows));
       int64_t needed = (before + rows + p.P - 1) / p.P;
@@ -64,7 +64,7 @@ struct Case {
     std::shuffle(order.begin(), order.end(), rng);
     for (int64_t b = 0, next = 0; b < p.B; ++b) {
       for (int64_t m = 0; m < p.M; ++m) {
-        bool needed = m * p.P < held[static_cast<size_t>(b)];
+        bool needed = m * p.P < page_exists[static_cast<size_t>(b)];
         const int32_t rubbish[] = {-1, static_cast<int32_t>(p.N), INT32_MAX, INT32_MIN};
         pages_of.push_back(needed ? order[static_cast<size_t>(next++)] : rubbish[rng() % 4]);
       }
@@ -92,7 +92,7 @@ struct Case {
     int64_t tokens = p.L * p.N * p.K * p.P;
     auto poisoned = [&](int64_t size) {
       Bytes pool(tokens * size * bytes_of(p.stored));
-      std::memset(pool.data, p.stored == Stored::kE4M3 ? 0x7f : 0xff,
+      std::memset(pool.data, p.stored == PageType::kE4M3 ? 0x7f : 0xff,
                   static_cast<size_t>(tokens * size * bytes_of(p.stored)));
       return arrays.keep(std::move(pool));
     };
@@ -116,10 +116,10 @@ struct Case {
           Type type = static_cast<Type>(p.stored);
           write_float(data, type, i, normal());
         } else {
-          data[i] = static_cast<char>(p.stored == Stored::kS8 ? rng() : rng() & 0xbb);
+          data[i] = static_cast<char>(p.stored == PageType::kS8 ? rng() : rng() & 0xbb);
         }
       }
-      if (quantised) scale[token] = (p.stored == Stored::kE5M2 ? 1.0f : 0.02f) * 0.5f;
+      if (quantised) scale[token] = (p.stored == PageType::kE5M2 ? 1.0f : 0.02f) * 0.5f;
     };
     fill(p.k_pages, p.D, p.k_scales);
     fill(p.v_pages, p.E, p.v_scales);
@@ -133,7 +133,7 @@ struct Case {
 };
 
 void fail(const Case& c, const std::string& what) {
-  const Paged& p = c.p;
+  const PagedParams& p = c.p;
   char problem[300];
   std::snprintf(problem, sizeof problem,
                 "B=%lld H=%lld K=%lld D=%lld E=%lld P=%lld type=%d new=%d stored=%d "
@@ -146,7 +146,7 @@ void fail(const Case& c, const std::string& what) {
 
 // What was appended is there, rounded once.
 void check_appended(const Case& c) {
-  const Paged& p = c.p;
+  const PagedParams& p = c.p;
   for (int64_t b = 0; p.key != nullptr && b < p.B; ++b) {
     for (int64_t t = 0; t < p.rows(b); ++t) {
       for (int64_t k = 0; k < p.K; ++k) {
@@ -159,8 +159,8 @@ void check_appended(const Case& c) {
           const float* scale = key ? p.k_scales : p.v_scales;
           double y = c.element(key ? p.k_pages : p.v_pages, scale, token, size, at);
           double unit = scale == nullptr ? 6e-8 : static_cast<double>(scale[token]);
-          if (p.stored == Stored::kE4M3) unit /= 512;
-          if (p.stored == Stored::kE5M2) unit /= 65536;
+          if (p.stored == PageType::kE4M3) unit /= 512;
+          if (p.stored == PageType::kE5M2) unit /= 65536;
           double bound = std::fabs(x) * step_of(p.stored) * 1.001 + 0.501 * unit;
           if (!(std::fabs(x - y) <= bound)) return fail(c, "appended wrongly");
         }
@@ -182,11 +182,11 @@ std::vector<double> unpacked(const Case& c, const void* pages, const float* scal
   return x;
 }
 
-// What row t of sequence b gets for head h, and behind it the log-sum-exp.
+// What row t of sequence b gets for head h, followed by the log-sum-exp.
 std::vector<double> expected_row(const Case& c, const std::vector<double>& keys,
                                  const std::vector<double>& values, int64_t b, int64_t t,
                                  int64_t h) {
-  const Paged& p = c.p;
+  const PagedParams& p = c.p;
   std::vector<double> query;
   for (int64_t d = 0; d < p.D; ++d) {
     int64_t row = (p.row_offsets[b] + t) * p.H + h;
@@ -222,7 +222,7 @@ std::vector<double> expected_row(const Case& c, const std::vector<double>& keys,
 }
 
 void check_out(const Case& c) {
-  const Paged& p = c.p;
+  const PagedParams& p = c.p;
   std::vector<double> keys = unpacked(c, p.k_pages, p.k_scales, p.D);
   std::vector<double> values = unpacked(c, p.v_pages, p.v_scales, p.E);
   // Weights may be rounded to bfloat16 where the query is.
@@ -257,7 +257,7 @@ void check_out(const Case& c) {
 
 // Breaks one number that matters; check() must say so.
 void check_refusal(Case& c) {
-  Paged& p = c.p;
+  PagedParams& p = c.p;
   char message[400] = "";
   for (int64_t b = 0; b < p.B; ++b) {
     if (p.rows(b) == 0) continue;

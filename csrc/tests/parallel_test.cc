@@ -1,5 +1,5 @@
-// The ticket loop under many threads: every piece runs once, and what pieces wrote is seen
-// by whoever waited. Meant for -fsanitize=thread; see `make native-test`.
+// The work queue under many threads: every task runs once, and its writes are visible to
+// the caller. Meant for -fsanitize=thread; see `make native-test`.
 
 #include <cstdio>
 #include <cstdlib>
@@ -17,7 +17,7 @@ namespace {
 
 void run(Pool& pool, int64_t count, int64_t helpers) {
   std::vector<int64_t> done(static_cast<size_t>(count), 0);  // plain memory, on purpose
-  raptax::Tickets::share(
+  raptax::WorkQueue::parallel_for(
       count, helpers,
       [](void* context, int64_t number) {
         raptax::Buffer scratch(1000 + 7000 * static_cast<size_t>(number % 3));
@@ -29,7 +29,7 @@ void run(Pool& pool, int64_t count, int64_t helpers) {
       &done, [&](std::function<void()> job) { pool.schedule(std::move(job)); });
   for (int64_t n = 0; n < count; ++n) {
     if (done[static_cast<size_t>(n)] == n + 1) continue;
-    std::fprintf(stderr, "piece %lld of %lld ran %lld times\n", static_cast<long long>(n),
+    std::fprintf(stderr, "task %lld of %lld ran %lld times\n", static_cast<long long>(n),
                  static_cast<long long>(count),
                  static_cast<long long>(done[static_cast<size_t>(n)] / (n + 1)));
     std::exit(1);
@@ -43,11 +43,11 @@ int main() {
   std::vector<std::thread> callers;  // several calls share the pool
   for (int caller = 0; caller < 3; ++caller) {
     callers.emplace_back([&pool] {
-      for (int64_t turn = 0; turn < 2000; ++turn) run(pool, turn % 17, turn % 5);
+      for (int64_t round = 0; round < 2000; ++round) run(pool, round % 17, round % 5);
     });
   }
   for (std::thread& caller : callers) caller.join();
-  Pool nobody(0);
-  run(nobody, 50, 3);
-  std::puts("parallel: every piece ran once");
+  Pool empty(0);
+  run(empty, 50, 3);
+  std::puts("parallel: every task ran once");
 }

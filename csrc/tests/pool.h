@@ -57,12 +57,12 @@ class Pool {
 };
 
 // Shares work with the threads of a pool.
-class Threads final : public Parallel {
+class Threads final : public ThreadPool {
  public:
   explicit Threads(int helpers) : pool_(helpers), helpers_(helpers) {}
   int threads() const override { return helpers_ + 1; }
-  void run(int64_t count, void (*piece)(void*, int64_t), void* context) const override {
-    Tickets::share(count, helpers_, piece, context,
+  void run(int64_t count, void (*task)(void*, int64_t), void* context) const override {
+    WorkQueue::parallel_for(count, helpers_, task, context,
                    [this](std::function<void()> job) { pool_.schedule(std::move(job)); });
   }
 
