@@ -71,6 +71,30 @@ def test_a_module_without_a_floor_is_named(tmp_path):
     assert (result.returncode, "attic is on no floor" in result.stdout) == (1, True)
 
 
+def test_includes_of_c_plus_plus_only_go_down():
+    result = tool("check_includes.py")
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize(
+    ("slip", "complaint"),
+    [
+        ("attention/forward.h", "of a folder above it"),
+        ("runtime/pool.h", "which is no path below"),
+        ("gemm/pack.cc", "which is compiled by itself"),
+    ],
+)
+def test_a_climbing_include_is_named(tmp_path, slip, complaint):
+    for name in ("attention/forward.h", "gemm/pack.cc", "simd/vec.h"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    planted = tmp_path / "gemm" / "gemm.h"
+    planted.write_text(f'#include <cmath>\n#include "simd/vec.h"\n#include "{slip}"\n')
+    result = tool("check_includes.py", tmp_path)
+    assert result.returncode == 1, result.stderr
+    assert result.stdout.startswith(f"{planted}:3: gemm includes {slip}, {complaint}")
+
+
 def test_sizes_are_within_budget():
     result = tool("check_size.py")
     assert result.returncode == 0, result.stdout + result.stderr
