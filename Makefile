@@ -1,6 +1,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= 2
+SOURCES = $(wildcard csrc/*/*.* csrc/*/*/*.*)
 PYTEST = $(VENV)/bin/pytest
 NATIVE = CMakeLists.txt $(wildcard csrc/*/*.*)
 
@@ -25,6 +26,7 @@ test: lint types quick
 
 lint: $(VENV)/dev.stamp
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/clang-format --dry-run -Werror $(SOURCES)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/python tools/check_layers.py
 	$(VENV)/bin/python tools/check_includes.py
@@ -47,6 +49,7 @@ bench: $(VENV)/dev.stamp
 format: $(VENV)/dev.stamp
 	$(VENV)/bin/ruff check --fix --exit-zero .
 	$(VENV)/bin/ruff format .
+	$(VENV)/bin/clang-format -i $(SOURCES)
 
 native: $(VENV)/dev.stamp
 	RAPTAX_REQUIRE_NATIVE=1 RAPTAX_WERROR=ON $(VENV)/bin/pip install --no-deps -e .

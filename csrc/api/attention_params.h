@@ -100,15 +100,15 @@ struct ForwardParams {
 };
 
 struct BackwardParams {
-  ForwardParams forward;  // out and lse are its results
-  const void* d_out;            // (B, H, T, E), of `type`
-  const float* d_lse;           // (B, H, T)
+  ForwardParams forward;                   // out and lse are its results
+  const void* d_out;                       // (B, H, T, E), of `type`
+  const float* d_lse;                      // (B, H, T)
   const Program* slope_program = nullptr;  // d score / d base, of base; null means 1
-  void* d_query;                // (B, H, T, D), of `type`
-  void* d_key;                  // (B, K, S, D), of `type`
-  void* d_value;                // (B, K, S, E), of `type`
-  Broadcast<float> d_bias;      // cleared by the caller; null if there is none
-  float* d_sinks = nullptr;     // (H)
+  void* d_query;                           // (B, H, T, D), of `type`
+  void* d_key;                             // (B, K, S, D), of `type`
+  void* d_value;                           // (B, K, S, E), of `type`
+  Broadcast<float> d_bias;                 // cleared by the caller; null if there is none
+  float* d_sinks = nullptr;                // (H)
 };
 
 }  // namespace raptax

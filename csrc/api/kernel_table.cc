@@ -25,7 +25,7 @@ extern const Kernels kernels;
 
 const Kernels* const kAllKernels[] = {
 #ifdef RAPTAX_X86
-    &amx::kernels, &avx512bf16::kernels, &avx512::kernels, &avx2::kernels,
+    &amx::kernels,     &avx512bf16::kernels, &avx512::kernels, &avx2::kernels,
 #endif
     &generic::kernels,
 };

@@ -14,6 +14,7 @@
 
 namespace raptax {
 
+// clang-format off
 // X(name, number of operands). mod_code.py has the same list; a test compares them.
 #define RAPTAX_OPERATIONS(X)                                                      \
   /* Indices of the score, and kKey - kQuery; positions lie within 2**30 of 0.  \
@@ -46,11 +47,12 @@ namespace raptax {
   /* whole numbers to booleans */                                                 \
   X(kIntLess, 2) X(kIntLessEqual, 2) X(kIntEqual, 2) X(kIntNotEqual, 2)
 
+// clang-format on
 enum class Op : int32_t {
 #define RAPTAX_NAME(name, operands) name,
   RAPTAX_OPERATIONS(RAPTAX_NAME)
 #undef RAPTAX_NAME
-  kEnd
+      kEnd
 };
 
 struct Instruction {

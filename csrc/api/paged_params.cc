@@ -48,8 +48,7 @@ void describe_missing_page(const PagedParams& p, int64_t entry, char* message, s
   std::snprintf(message, size,
                 "table[%lld, %lld]=%lld is needed for tokens %lld and on, but the pool "
                 "has pages 0 to %lld. Was the sequence given too few pages?",
-                b, m, page, m * static_cast<long long>(p.P),
-                static_cast<long long>(p.N - 1));
+                b, m, page, m * static_cast<long long>(p.P), static_cast<long long>(p.N - 1));
 }
 
 bool check(const PagedParams& p, char* message, size_t size) {

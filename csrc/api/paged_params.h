@@ -53,9 +53,7 @@ struct PagedParams {
 
   int64_t rows(int64_t b) const { return row_offsets[b + 1] - row_offsets[b]; }
   // Keys of sequence b, the appended ones included.
-  int64_t keys(int64_t b) const {
-    return lengths[b] + (key != nullptr ? rows(b) : 0);
-  }
+  int64_t keys(int64_t b) const { return lengths[b] + (key != nullptr ? rows(b) : 0); }
   // Absolute position of its first row.
   int64_t first(int64_t b) const { return keys(b) - rows(b); }
   // The first key that any of its rows may see.
@@ -87,6 +85,7 @@ struct PagedParams {
 bool check(const PagedParams& problem, char* message, size_t size);
 
 // Describes the missing page of `entry`, a flat index into the table, in `message`.
-void describe_missing_page(const PagedParams& problem, int64_t entry, char* message, size_t size);
+void describe_missing_page(const PagedParams& problem, int64_t entry, char* message,
+                           size_t size);
 
 }  // namespace raptax

@@ -52,7 +52,8 @@ class BackPass {
     if (slots_ > heads) slots_ = heads;
     Buffer known(sizeof(float) * 2 * rows);
     Buffer sums(sizeof(float) * slots_ * head_sums_);
-    const int64_t sequences = shared_bias_ ? query_blocks_ : shape_.B * shape_.H * query_blocks_;
+    const int64_t sequences =
+        shared_bias_ ? query_blocks_ : shape_.B * shape_.H * query_blocks_;
     Buffer counts(sizeof(int32_t) * (sequences + heads));
     shift_ = known.as<float>();
     delta_ = shift_ + rows;
@@ -71,7 +72,7 @@ class BackPass {
     if (separate_dq_) {
       const int64_t parts = (query_blocks_ + kRange - 1) / kRange;
       threads_.parallel_for(shape_.B * shape_.H * parts,
-                     [this, parts](int64_t n) { queries(n / parts, n % parts); });
+                            [this, parts](int64_t n) { queries(n / parts, n % parts); });
     }
     if (p_.d_sinks != nullptr) sinks();
   }
@@ -103,8 +104,7 @@ class BackPass {
         continue;
       }
       shift_[row] = f.lse[row] * kLog2OfE;
-      delta_[row] =
-          back_dot(p_.d_out, f.out, f.type, row * shape_.E, shape_.E) - p_.d_lse[row];
+      delta_[row] = back_dot(p_.d_out, f.out, f.type, row * shape_.E, shape_.E) - p_.d_lse[row];
     }
   }
 
@@ -141,7 +141,7 @@ class BackPass {
     worker->engine.queries(at, shift);
     worker->scores.begin(at);
     worker->engine.compute_weights(at, &worker->scores,
-                         {shift, delta_ + row, worker->engine.poison()});
+                                   {shift, delta_ + row, worker->engine.poison()});
   }
 
   // Key block j of a kv head.
@@ -201,8 +201,8 @@ class BackPass {
   void put_queries(const float* sums, int64_t row, int64_t rows) {
     const float factor = Engine::query_factor(p_);
     for (int64_t r = 0; r < rows; ++r) {
-      back_put_row(sums + r * width_, factor, p_.d_query, p_.forward.type,
-                   (row + r) * shape_.D, shape_.D);
+      back_put_row(sums + r * width_, factor, p_.d_query, p_.forward.type, (row + r) * shape_.D,
+                   shape_.D);
     }
   }
 
@@ -210,8 +210,8 @@ class BackPass {
   void queries(int64_t head, int64_t part) {
     FlushDenormals quiet;
     const int64_t b = head / shape_.H, h = head % shape_.H;
-    const int64_t end = (part + 1) * kRange < query_blocks_ ? (part + 1) * kRange
-                                                            : query_blocks_;
+    const int64_t end =
+        (part + 1) * kRange < query_blocks_ ? (part + 1) * kRange : query_blocks_;
     BackwardParams plain = p_;
     plain.d_bias.data = nullptr;
     Worker worker(plain);
@@ -245,9 +245,9 @@ class BackPass {
   int64_t head_sums_;  // floats of the sums of a group
   int64_t slots_ = 0;  // kv heads with dQ accumulators at a time
   bool direct_;        // dQ is accumulated in the output itself
-  bool separate_dq_;         // dQ is computed in a second pass
+  bool separate_dq_;   // dQ is computed in a second pass
   bool shared_bias_;   // heads or sequences add to the same d_bias
-  bool serial_;       // tasks must run one after another
+  bool serial_;        // tasks must run one after another
   float *shift_ = nullptr, *delta_ = nullptr, *sums_ = nullptr;
   int32_t *sequences_ = nullptr, *head_done_ = nullptr;
 };

@@ -40,7 +40,7 @@ static inline bool back_scrub(F32* x) {
 
 // The operands of a product.
 struct BackTiles {
-  const Bf16* left;       // rows of `stride` numbers
+  const Bf16* left;  // rows of `stride` numbers
   int64_t stride;
   int64_t left_part;      // numbers from one part to the next
   const Bf16* right;      // tiles of 16 columns, one for each step
@@ -159,18 +159,19 @@ class BackAmx {
 
   void compute_weights(const BackPlace& at, BackScores* scores, const BackRows& known) {
     for (int64_t r = 0; r < rows_; r += kTileDepth) {
-      const Strip visible = strips_[r / kTileDepth] = scores->visible(r, r + kTileDepth, kTileDepth);
+      const Strip visible = strips_[r / kTileDepth] =
+          scores->visible(r, r + kTileDepth, kTileDepth);
       memory_barrier();
       for (int64_t c = visible.from; c < visible.to; c += kTileDepth) {
         const int64_t d = k_size_, e = v_size_;
-        back_tile_product<kParts>(d / kTileDepth,
-                                  {query_ + r * d, d, kQueries * d, key_columns_ + c * d,
-                                   16 * d, kKeys * d},
-                                  scores_ + c, kKeys, false);
-        back_tile_product<kParts>(e / kTileDepth,
-                                  {d_out_ + r * e, e, kQueries * e, value_columns_ + c * e,
-                                   16 * e, kKeys * e},
-                                  slopes_ + c, kKeys, false);
+        back_tile_product<kParts>(
+            d / kTileDepth,
+            {query_ + r * d, d, kQueries * d, key_columns_ + c * d, 16 * d, kKeys * d},
+            scores_ + c, kKeys, false);
+        back_tile_product<kParts>(
+            e / kTileDepth,
+            {d_out_ + r * e, e, kQueries * e, value_columns_ + c * e, 16 * e, kKeys * e},
+            slopes_ + c, kKeys, false);
       }
       memory_barrier();
       const int64_t end = at.rows < r + kTileDepth ? at.rows : r + kTileDepth;
@@ -190,18 +191,21 @@ class BackAmx {
       while (first < last && !sees(first, c)) first += kTileDepth;
       while (first < last && !sees(last - kTileDepth, c)) last -= kTileDepth;
       if (first == last) continue;
-      const int64_t skip = c / 16 * kPanelNumbers + first * 16, steps = (last - first) / kTileDepth;
+      const int64_t skip = c / 16 * kPanelNumbers + first * 16,
+                    steps = (last - first) / kTileDepth;
       for (int64_t e = 0; e < v_size_; e += kTileDepth) {
-        back_tile_product<kParts>(steps,
-                                  {d_out_transposed_ + e * kQueries + first, kQueries,
-                                   kQueries * v_size_, weight_pairs_ + skip, kPanelNumbers, kScores},
-                                  d_value_ + e * kKeys + c, kKeys, true);
+        back_tile_product<kParts>(
+            steps,
+            {d_out_transposed_ + e * kQueries + first, kQueries, kQueries * v_size_,
+             weight_pairs_ + skip, kPanelNumbers, kScores},
+            d_value_ + e * kKeys + c, kKeys, true);
       }
       for (int64_t d = 0; d < k_size_; d += kTileDepth) {
-        back_tile_product<kParts>(steps,
-                                  {query_transposed_ + d * kQueries + first, kQueries,
-                                   kQueries * k_size_, slope_pairs_ + skip, kPanelNumbers, kScores},
-                                  d_key_ + d * kKeys + c, kKeys, true);
+        back_tile_product<kParts>(
+            steps,
+            {query_transposed_ + d * kQueries + first, kQueries, kQueries * k_size_,
+             slope_pairs_ + skip, kPanelNumbers, kScores},
+            d_key_ + d * kKeys + c, kKeys, true);
       }
     }
     memory_barrier();
@@ -216,8 +220,8 @@ class BackAmx {
       for (int64_t d = 0; d < k_size_; d += kTileDepth) {
         const Bf16* right = key_pairs_ + d / 16 * kColumns + visible.from * 16;
         back_tile_product<kParts>((visible.to - visible.from) / kTileDepth,
-                                  {slope_rows_ + r * kKeys + visible.from, kKeys, kScores, right,
-                                   kColumns, kKeys * k_size_},
+                                  {slope_rows_ + r * kKeys + visible.from, kKeys, kScores,
+                                   right, kColumns, kKeys * k_size_},
                                   sums + r * stride + d, stride, add);
       }
     }
@@ -232,7 +236,7 @@ class BackAmx {
 
  private:
   static constexpr int64_t kPanelNumbers = kQueries * 16;  // numbers of 16 columns
-  static constexpr int64_t kScores = kQueries * kKeys;  // of a block
+  static constexpr int64_t kScores = kQueries * kKeys;     // of a block
 
   bool sees(int64_t row, int64_t column) const {
     const Strip& strip = strips_[row / kTileDepth];
@@ -247,7 +251,7 @@ class BackAmx {
     const int64_t wide = k > v ? k : v;
     constexpr int64_t kBytes = 2 * kParts;
     size_t used = 0;
-    auto take = [&](auto BackAmx::*array, int64_t count, int64_t bytes) {
+    auto take = [&](auto BackAmx::* array, int64_t count, int64_t bytes) {
       if (self != nullptr) {
         self->*array = reinterpret_cast<decltype(self->*array + 0)>(memory + used);
       }
@@ -275,8 +279,8 @@ class BackAmx {
   }
 
   // Rows, finite, with zeros up to `padded` numbers and kTileDepth rows.
-  static void rows_of(const Source& from, int64_t count, int64_t padded, Bf16* to,
-                      int64_t part, bool* finite_rows) {
+  static void rows_of(const Source& from, int64_t count, int64_t padded, Bf16* to, int64_t part,
+                      bool* finite_rows) {
     for (int64_t r = 0; r < count; ++r) {
       finite_rows[r] = true;
       for (int64_t d = 0; d < padded; d += kTileDepth) {
@@ -334,7 +338,7 @@ class BackAmx {
     memcpy(&low, first + round_down(d, kTileDepth), sizeof low);
     memcpy(&high, second + round_down(d, kTileDepth), sizeof high);
     return d % kTileDepth == 0 ? (Pairs)((low & 0xffffu) | (high << 16))
-                          : (Pairs)((low >> 16) | (high & 0xffff0000u));
+                               : (Pairs)((low >> 16) | (high & 0xffff0000u));
   }
 
   // Right operands that sum over rows: for each 16 columns, tiles of 32 of kKeys rows.
@@ -393,8 +397,8 @@ class BackAmx {
   }
 
   // Writes transposed accumulators to rows of the output.
-  void put(const float* sums, int64_t padded, int64_t size, float factor, void* to,
-           int64_t row, int64_t keys) {
+  void put(const float* sums, int64_t padded, int64_t size, float factor, void* to, int64_t row,
+           int64_t keys) {
     for (int64_t s = 0; s < keys; s += 16) {
       for (int64_t d = 0; d < padded; d += 16) {
         F32 x[16];
@@ -403,8 +407,8 @@ class BackAmx {
         for (int64_t i = 0; i < 16; ++i) store(row_room_ + i * padded + d, x[i]);
       }
       for (int64_t i = 0; i < 16 && s + i < keys; ++i) {
-        back_put_row(row_room_ + i * padded, factor, to, p_.forward.type,
-                     (row + s + i) * size, size);
+        back_put_row(row_room_ + i * padded, factor, to, p_.forward.type, (row + s + i) * size,
+                     size);
       }
     }
   }
@@ -413,8 +417,8 @@ class BackAmx {
   const Shape& shape_;
   TileUnit tile_config_;
   Strip strips_[kQueries / kTileDepth];  // what each 32 rows of the block see
-  int64_t k_size_ = 0, v_size_ = 0;  // D and E, in steps of 32
-  int64_t rows_ = 0;                 // of queries, in steps of 32
+  int64_t k_size_ = 0, v_size_ = 0;      // D and E, in steps of 32
+  int64_t rows_ = 0;                     // of queries, in steps of 32
   Bf16 *key_columns_ = nullptr, *key_pairs_ = nullptr, *value_columns_ = nullptr;
   Bf16* room_ = nullptr;
   Bf16 *query_ = nullptr, *query_transposed_ = nullptr;

@@ -64,8 +64,7 @@ class BackFloat {
                     query_ + r * k_row_)) {
         shift[r] += __builtin_nanf("");
       }
-      back_row(p_.d_out, f.type, (first + r) * shape_.E, shape_.E, v_row_,
-               d_out_ + r * v_row_);
+      back_row(p_.d_out, f.type, (first + r) * shape_.E, shape_.E, v_row_, d_out_ + r * v_row_);
     }
     memset(query_ + at.rows * k_row_, 0, sizeof(float) * (rows_ - at.rows) * k_row_);
     memset(d_out_ + at.rows * v_row_, 0, sizeof(float) * (rows_ - at.rows) * v_row_);
@@ -75,11 +74,11 @@ class BackFloat {
   void compute_weights(const BackPlace& at, BackScores* scores, const BackRows& known) {
     for (int64_t c = at.from; c < at.to; c += kBackPanel) {
       back_gemm_columns<kBackVectors>(rows_, shape_.D, {query_, k_row_, false},
-                                 key_panels_ + c * shape_.D, kBackPanel, weights_ + c,
-                                 kRow, false);
+                                      key_panels_ + c * shape_.D, kBackPanel, weights_ + c,
+                                      kRow, false);
       back_gemm_columns<kBackVectors>(rows_, shape_.E, {d_out_, v_row_, false},
-                                 value_panels_ + c * shape_.E, kBackPanel, slopes_ + c,
-                                 kRow, false);
+                                      value_panels_ + c * shape_.E, kBackPanel, slopes_ + c,
+                                      kRow, false);
     }
     scores->rows(0, at.rows, known, weights_, slopes_, kRow);
   }
@@ -87,9 +86,9 @@ class BackFloat {
   void add_to_keys(const BackPlace& at) {
     const int64_t count = at.to - at.from, c = at.from;
     back_gemm(count, v_size_, at.rows, {weights_ + c, kRow, true}, d_out_, v_row_,
-                 d_value_ + c * v_row_, v_row_, true);
+              d_value_ + c * v_row_, v_row_, true);
     back_gemm(count, k_size_, at.rows, {slopes_ + c, kRow, true}, query_, k_row_,
-                 d_key_ + c * k_row_, k_row_, true);
+              d_key_ + c * k_row_, k_row_, true);
   }
 
   // Adds to `sums`, or overwrites them. They have rows of `stride` floats.
@@ -97,13 +96,12 @@ class BackFloat {
     const int64_t c = at.from, keys = (at.to < at.keys ? at.to : at.keys) - c;
     const int64_t whole = round_down(at.rows, kBackRows);
     const float* key = key_ + c * k_row_;
-    back_gemm(whole, k_size_, keys, {slopes_ + c, kRow, false}, key, k_row_, sums,
-                 stride, add);
+    back_gemm(whole, k_size_, keys, {slopes_ + c, kRow, false}, key, k_row_, sums, stride, add);
     if (whole == at.rows) return;
     // The last, partial block of rows, in the memory of the queries, now unused.
     float* part = query_;
-    back_gemm(kBackRows, k_size_, keys, {slopes_ + whole * kRow + c, kRow, false}, key,
-                 k_row_, part, k_row_, false);
+    back_gemm(kBackRows, k_size_, keys, {slopes_ + whole * kRow + c, kRow, false}, key, k_row_,
+              part, k_row_, false);
     for (int64_t r = whole; r < at.rows; ++r, part += k_row_) {
       float* to = sums + r * stride;
       for (int64_t d = 0; d < k_size_; ++d) to[d] = add ? to[d] + part[d] : part[d];
@@ -136,7 +134,7 @@ class BackFloat {
   static int64_t lay_out(const Shape& shape, BackFloat* self, float* memory) {
     const int64_t k = odd_lines(shape.D), v = odd_lines(shape.E);
     int64_t used = 0;
-    auto take = [&](float* BackFloat::*array, int64_t size) {
+    auto take = [&](float* BackFloat::* array, int64_t size) {
       if (self != nullptr) self->*array = memory + used;
       used += round_up(size, 16);
     };
@@ -171,7 +169,7 @@ class BackFloat {
 
   // Rows of keys to panels: panels[n][d][c] is entry d of key n * kBackPanel + c.
   static void transpose_panels(const float* rows, int64_t keys, int64_t size, int64_t stride,
-                   float* panels) {
+                               float* panels) {
     for (int64_t n = 0; n < keys; n += kLanes) {
       float* to = panels + n / kBackPanel * kBackPanel * size + n % kBackPanel;
       for (int64_t d = 0; d < size; d += kLanes) {

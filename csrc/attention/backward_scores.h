@@ -24,7 +24,7 @@ struct BackPlace {
 
 // The kind of a block of scores.
 static BlockKind back_block_kind(const BlockKinds& kinds, const BackPlace& at, int64_t first,
-                      int64_t last) {
+                                 int64_t last) {
   if (kinds.data == nullptr) return kPartial;
   bool any_nonempty = false, all_full = true;
   for (int64_t i = at.row / kinds.queries; i * kinds.queries < at.row + at.rows; ++i) {
@@ -77,7 +77,8 @@ class BackScores {
   // Memory for places of at most `columns` columns, a multiple of kLanes.
   static size_t bytes(const BackwardParams& p, int64_t columns) {
     const ScoreParams& score_params = p.forward.score_params;
-    const Program* programs[] = {score_params.score_program, p.slope_program, score_params.mask_program};
+    const Program* programs[] = {score_params.score_program, p.slope_program,
+                                 score_params.mask_program};
     size_t size = 64;
     for (const Program* program : programs) {
       if (program != nullptr) size += round_up(Runner::bytes(*program, columns), 64);
@@ -94,8 +95,8 @@ class BackScores {
   // raw products of d_out and v, into the gradient of base, for rows [first, last) of
   // the place. Both are 0 where nothing is to be seen, and are left alone outside
   // [at.from, at.to). Rows lie `stride` floats apart.
-  void rows(int64_t first, int64_t last, const BackRows& known, float* scores,
-            float* d_weights, int64_t stride) {
+  void rows(int64_t first, int64_t last, const BackRows& known, float* scores, float* d_weights,
+            int64_t stride) {
     if (is_plain(known)) {
       for (int64_t r = first; r < last; ++r) {
         plain_row(r, known, scores + (r - first) * stride, d_weights + (r - first) * stride);
@@ -132,7 +133,8 @@ class BackScores {
     if (!at_.band) return;
     int64_t position = first_ + at_.row + r - at_.key;
     if (*low < position - score_params_.band.left) *low = position - score_params_.band.left;
-    if (*high > position + score_params_.band.right + 1) *high = position + score_params_.band.right + 1;
+    if (*high > position + score_params_.band.right + 1)
+      *high = position + score_params_.band.right + 1;
   }
 
  private:
@@ -284,7 +286,8 @@ inline void BackScores::mask_row(int64_t r, float* scores) {
 
 inline void BackScores::weight_row(int64_t r, const BackRows& known, const float* slope,
                                    float* scores, float* d_weights) {
-  const F32 factor = broadcast(kLog2OfE), shift = broadcast(known.shift[r]), delta = broadcast(known.delta[r]);
+  const F32 factor = broadcast(kLog2OfE), shift = broadcast(known.shift[r]),
+            delta = broadcast(known.delta[r]);
   const bool drops = score_params_.dropout.words != nullptr;
   const uint32_t position = static_cast<uint32_t>(first_ + at_.row + r);
   const U32 state = drops ? hash_word(head_state_, position) : U32{};
@@ -310,14 +313,15 @@ inline void BackScores::weight_row(int64_t r, const BackRows& known, const float
   for (int64_t c = at_.from; c < high; ++c) d_bias[c * step] += d_weights[c];
 }
 
-inline void BackScores::strip(int64_t first, int64_t last, const BackRows& known,
-                              float* scores, float* d_weights, int64_t stride) {
+inline void BackScores::strip(int64_t first, int64_t last, const BackRows& known, float* scores,
+                              float* d_weights, int64_t stride) {
   const int64_t count = last - first, position = first_ + at_.row + first;
   for (int64_t n = 0; n < count; ++n) base_row(first + n, known, scores + n * stride);
   float* from = scores + at_.from;
   if (slope_runner_ != nullptr) {
     for (int64_t n = 0; n < count; ++n) {
-      slope_runner_->apply_slope(position + n, from + n * stride, slope_ + n * columns_ + at_.from);
+      slope_runner_->apply_slope(position + n, from + n * stride,
+                                 slope_ + n * columns_ + at_.from);
     }
   }
   if (score_runner_ != nullptr) score_runner_->apply_score_mod(position, count, from, stride);

@@ -38,8 +38,8 @@ static void pack_block_of(const ForwardParams& f, int64_t b, int64_t kv, int64_t
   const Shape& s = f.shape;
   int64_t row = (b * s.K + kv) * s.S + block * kBlockKeys;
   int64_t count = min(kBlockKeys, s.S - block * kBlockKeys);
-  pack_block({f.type, f.key, row * s.D, s.D}, {f.type, f.value, row * s.E, s.E}, count,
-             packed, packed + PackedSizes(s).keys);
+  pack_block({f.type, f.key, row * s.D, s.D}, {f.type, f.value, row * s.E, s.E}, count, packed,
+             packed + PackedSizes(s).keys);
 }
 
 // Up to kQueries rows of one head. Its memory: see bytes().
@@ -77,7 +77,8 @@ class Tile {
     BlockRange blocks = visible_blocks(f_, b_, t_, rows_);
     for (int64_t j = blocks.first; j < blocks.last; ++j) {
       int64_t count = min(kBlockKeys, s.S - j * kBlockKeys);
-      BlockKind kind = block_kind(f_.score_params.kinds, b_, h_, t_, rows_, j * kBlockKeys, count);
+      BlockKind kind =
+          block_kind(f_.score_params.kinds, b_, h_, t_, rows_, j * kBlockKeys, count);
       if (kind == kEmpty) continue;
       const float* block = block_;
       if (packed != nullptr) {
@@ -129,8 +130,8 @@ class Tile {
         Columns whole = panels(r, rows);
         if (j < whole.first || j >= whole.last) continue;
         prefetch_next(sizes_.block() / 64);
-        gemm(rows, kPanel, query_ + r * sizes_.query, sizes_.query,
-                 keys + j * f_.shape.D, f_.shape.D, scores_ + r * kBlockKeys + j, kBlockKeys, false);
+        gemm(rows, kPanel, query_ + r * sizes_.query, sizes_.query, keys + j * f_.shape.D,
+             f_.shape.D, scores_ + r * kBlockKeys + j, kBlockKeys, false);
       }
     }
   }
@@ -169,8 +170,8 @@ class Tile {
         Columns whole = panels(r, rows);
         if (whole.empty()) continue;
         gemm(rows, width, scores_ + r * kBlockKeys + whole.first, kBlockKeys,
-                 panel + whole.first * width, whole.last - whole.first,
-                 out_ + r * sizes_.out + e, sizes_.out, true);
+             panel + whole.first * width, whole.last - whole.first, out_ + r * sizes_.out + e,
+             sizes_.out, true);
       }
     }
   }

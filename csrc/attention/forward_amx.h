@@ -15,10 +15,11 @@
 namespace raptax {
 namespace RAPTAX_ISA {
 
-constexpr int64_t kAmxTaskQueries = 512;              // query rows of a task, at most
-constexpr int64_t kBlockRows = 64;                     // query rows of a QK block
-constexpr int64_t kProductRows = 32;                    // rows of a tile product
-constexpr int64_t kScoreStride = kBlockKeys + kLanes;  // not a power of 2, which would conflict in cache sets
+constexpr int64_t kAmxTaskQueries = 512;  // query rows of a task, at most
+constexpr int64_t kBlockRows = 64;        // query rows of a QK block
+constexpr int64_t kProductRows = 32;      // rows of a tile product
+constexpr int64_t kScoreStride =
+    kBlockKeys + kLanes;  // not a power of 2, which would conflict in cache sets
 
 // Sizes, in elements, of packed arrays.
 template <int kParts>
@@ -52,12 +53,12 @@ class AmxTile {
  public:
   static size_t bytes(const ForwardParams& f, int64_t rows) {
     Sizes sizes(f.shape);
-    size_t bytes = kOwnBlocks * sizes.block() * sizeof(Bf16);     // when not packed before
-    bytes += rows * sizes.query() * sizeof(Bf16);                 // query_
-    bytes += rows * sizes.out_stride() * sizeof(float);           // out_
-    bytes += 2 * kBlockRows * kScoreStride * sizeof(float);            // scores_
-    bytes += 2 * kBlockRows * kParts * kBlockKeys * sizeof(Bf16);           // weights_
-    bytes += rows * (kLanes + 2) * sizeof(float);                 // row_sum_, row_max_, rescale_
+    size_t bytes = kOwnBlocks * sizes.block() * sizeof(Bf16);      // when not packed before
+    bytes += rows * sizes.query() * sizeof(Bf16);                  // query_
+    bytes += rows * sizes.out_stride() * sizeof(float);            // out_
+    bytes += 2 * kBlockRows * kScoreStride * sizeof(float);        // scores_
+    bytes += 2 * kBlockRows * kParts * kBlockKeys * sizeof(Bf16);  // weights_
+    bytes += rows * (kLanes + 2) * sizeof(float);  // row_sum_, row_max_, rescale_
     bytes += round_up(product_count(sizes) * sizeof(TileProduct), 64);
     return bytes + ScoreStage::bytes(f.score_params);
   }
@@ -137,7 +138,9 @@ class AmxTile {
 
   RowState row_state(int64_t r) { return {row_max_ + r, row_sum_ + r * kLanes, kOne}; }
 
-  QKBlock first_qk_block(const Bf16* packed) { return qk_block_from(blocks_.first, 0, 0, packed); }
+  QKBlock first_qk_block(const Bf16* packed) {
+    return qk_block_from(blocks_.first, 0, 0, packed);
+  }
   QKBlock next_qk_block(const QKBlock& qk, const Bf16* packed) {
     return qk_block_from(qk.block, qk.row + kBlockRows, 1 - qk.side, packed);
   }
@@ -147,9 +150,11 @@ class AmxTile {
     for (; block < blocks_.last; ++block, row = 0) {
       int64_t count = min(kBlockKeys, f_.shape.S - block * kBlockKeys);
       for (; row < rows_; row += kBlockRows) {
-        QKBlock qk = {row, min(kBlockRows, rows_ - row), block, count, kFull, nullptr, side, false};
+        QKBlock qk = {row,  min(kBlockRows, rows_ - row), block, count, kFull, nullptr, side,
+                      false};
         if (panels(qk, row, qk.rows).empty()) continue;
-        qk.kind = block_kind(f_.score_params.kinds, b_, h_, t_ + row, qk.rows, qk.first_key(), count);
+        qk.kind =
+            block_kind(f_.score_params.kinds, b_, h_, t_ + row, qk.rows, qk.first_key(), count);
         if (qk.kind == kEmpty) continue;
         qk.sees_all = sees_all(qk);
         qk.packed = keys_and_values(block, packed);
@@ -218,8 +223,8 @@ class AmxTile {
         const Bf16* b = values + e * kParts * kBlockKeys + skipped;
         queue_.push({bytes_at(a), kSecond, bytes_at(b), kSecond,
                      (whole.last - whole.first) / kTileDepth,
-                     out_ + (qk.row + g) * sizes_.out_stride() + e,
-                     sizes_.out_stride() * 4, started_[(qk.row + g) / kProductRows]});
+                     out_ + (qk.row + g) * sizes_.out_stride() + e, sizes_.out_stride() * 4,
+                     started_[(qk.row + g) / kProductRows]});
       }
     }
     for (int64_t g = 0; g < qk.rows; g += kProductRows) {
@@ -248,10 +253,11 @@ class AmxTile {
       for (int64_t r = g; r < last; ++r) {
         int64_t position = position_ + qk.row + r;
         if (modified && r % 8 == 0) {
-          stage_.apply(t_ + qk.row + r, position, min(8, last - r), scores(qk, r),
-                          kScoreStride, whole);
+          stage_.apply(t_ + qk.row + r, position, min(8, last - r), scores(qk, r), kScoreStride,
+                       whole);
         }
-        Columns visible = visible_columns(f_.score_params.band, position, qk.first_key(), qk.count);
+        Columns visible =
+            visible_columns(f_.score_params.band, position, qk.first_key(), qk.count);
         softmax_row<true>(qk, r, visible, whole, exponents, &interleaver);
       }
     }
@@ -276,15 +282,17 @@ class AmxTile {
 
   // Without `kAny` scores are unmodified and all visible.
   template <bool kAny>
-  void softmax_row(const QKBlock& qk, int64_t r, Columns visible, Columns whole, Exponents exponents,
-                 Interleaver<kParts>* interleaver) {
+  void softmax_row(const QKBlock& qk, int64_t r, Columns visible, Columns whole,
+                   Exponents exponents, Interleaver<kParts>* interleaver) {
     int64_t row = qk.row + r;
     const float* from = scores(qk, r);
     Bf16* to = weights(qk, r);
     bool* max_increased = max_increased_ + row;
-    float by = kAny ? softmax_step_tiles<kParts>(from, to, visible, whole, exponents, row_state(row), max_increased, interleaver)
-                    : softmax_step_tiles_as<kParts, false, false>(from, to, visible, whole, exponents,
-                                                           row_state(row), max_increased, interleaver);
+    float by = kAny ? softmax_step_tiles<kParts>(from, to, visible, whole, exponents,
+                                                 row_state(row), max_increased, interleaver)
+                    : softmax_step_tiles_as<kParts, false, false>(from, to, visible, whole,
+                                                                  exponents, row_state(row),
+                                                                  max_increased, interleaver);
     if (by == 1) return;
     for (int64_t n = 0; n < qk.rows && !rescaled_; ++n) rescale_[qk.row + n] = 1;
     rescaled_ = true;
@@ -337,10 +345,10 @@ class AmxTile {
   Bf16 *block_, *query_;
   float *out_, *scores_;
   Bf16* weights_;
-  float *row_sum_, *row_max_, *rescale_;           // of each row
+  float *row_sum_, *row_max_, *rescale_;               // of each row
   bool started_[kAmxTaskQueries / kProductRows] = {};  // whether out_ has been written
-  bool rescaled_ = false;                      // whether a row has to be rescaled
-  bool max_increased_[kAmxTaskQueries] = {};            // whether the last block raised the maximum
+  bool rescaled_ = false;                              // whether a row has to be rescaled
+  bool max_increased_[kAmxTaskQueries] = {};  // whether the last block raised the maximum
   TileQueue<kParts> queue_;
   ScoreStage stage_;
 };

@@ -118,18 +118,15 @@ static inline I32 from_quotient(Division what, I32 a, I32 b, I32 q) {
 static inline I32 shift(Op op, I32 a, I32 by) {
   const I32 valid = (by >= 0) & (by < 32), n = by & 31;
   switch (op) {
-    case Op::kShiftLeft:
-      return ((I32)((U32)a << (U32)n)) & valid;
-    case Op::kShiftRight:
-      return select(valid, a >> n, a >> 31);
-    default:
-      return ((I32)((U32)a >> (U32)n)) & valid;
+    case Op::kShiftLeft: return ((I32)((U32)a << (U32)n)) & valid;
+    case Op::kShiftRight: return select(valid, a >> n, a >> 31);
+    default: return ((I32)((U32)a >> (U32)n)) & valid;
   }
 }
 
 static inline I32 to_int(F32 x) {
-  const I32 q = __builtin_convertvector(clamp(select(x == x, x, broadcast(0.0f)),
-                                               -2147483648.0f, 2147483520.0f), I32);
+  const I32 q = __builtin_convertvector(
+      clamp(select(x == x, x, broadcast(0.0f)), -2147483648.0f, 2147483520.0f), I32);
   return select(x >= 2147483648.0f, I32{} + INT32_MAX, q);
 }
 
@@ -197,8 +194,7 @@ RAPTAX_INLINE void map_row(Function f, Operand a, Operand b, int64_t n, Sink& si
 
 // Three operands: one that stands for a row is a vector that is read again and again.
 template <typename Function, typename Sink>
-RAPTAX_INLINE void map_row(Function f, Operand a, Operand b, Operand c, int64_t n,
-                           Sink& sink) {
+RAPTAX_INLINE void map_row(Function f, Operand a, Operand b, Operand c, int64_t n, Sink& sink) {
   if (a.is_row && !b.is_row && !c.is_row) {
     const F32 y = load_broadcast(b.data), z = load_broadcast(c.data);
     return map_row([=](F32 x) { return f(x, y, z); }, a, n, sink);
@@ -264,8 +260,8 @@ static inline void map_division(Division what, Operand a, Operand b, Area area, 
       map_row(of_ints([=](I32 x, I32 y) { return from_quotient(what, x, y, by(x)); }), x, y,
               area.columns, sink);
     } else {
-      map_row(of_ints([=](I32 x, I32 y) { return from_quotient(what, x, y, divide(x, y)); }),
-              x, y, area.columns, sink);
+      map_row(of_ints([=](I32 x, I32 y) { return from_quotient(what, x, y, divide(x, y)); }), x,
+              y, area.columns, sink);
     }
   }
 }
@@ -351,20 +347,13 @@ static void gather(const void* array, int64_t size, Operand index, float* out, i
 
 static inline void gather(const Captured& array, Operand index, float* out, int64_t n) {
   switch (array.entry) {
-    case Entry::kF32:
-      return gather<float>(array.data, array.size, index, out, n);
-    case Entry::kI32:
-      return gather<int32_t>(array.data, array.size, index, out, n);
-    case Entry::kBF16:
-      return gather<BFloat16>(array.data, array.size, index, out, n);
-    case Entry::kF16:
-      return gather<Float16>(array.data, array.size, index, out, n);
-    case Entry::kI8:
-      return gather<int8_t>(array.data, array.size, index, out, n);
-    case Entry::kU8:
-      return gather<uint8_t>(array.data, array.size, index, out, n);
-    case Entry::kBool:
-      return gather<bool>(array.data, array.size, index, out, n);
+    case Entry::kF32: return gather<float>(array.data, array.size, index, out, n);
+    case Entry::kI32: return gather<int32_t>(array.data, array.size, index, out, n);
+    case Entry::kBF16: return gather<BFloat16>(array.data, array.size, index, out, n);
+    case Entry::kF16: return gather<Float16>(array.data, array.size, index, out, n);
+    case Entry::kI8: return gather<int8_t>(array.data, array.size, index, out, n);
+    case Entry::kU8: return gather<uint8_t>(array.data, array.size, index, out, n);
+    case Entry::kBool: return gather<bool>(array.data, array.size, index, out, n);
   }
 }
 
@@ -374,18 +363,12 @@ static inline void gather(const Captured& array, Operand index, float* out, int6
 template <typename Sink>
 static bool map_logic(Op op, Operand a, Operand b, Area area, Sink& sink) {
   switch (op) {
-    case Op::kLess:
-      map([](F32 x, F32 y) { return x < y; }, a, b, area, sink);
-      return true;
+    case Op::kLess: map([](F32 x, F32 y) { return x < y; }, a, b, area, sink); return true;
     case Op::kLessEqual:
       map([](F32 x, F32 y) { return x <= y; }, a, b, area, sink);
       return true;
-    case Op::kEqual:
-      map([](F32 x, F32 y) { return x == y; }, a, b, area, sink);
-      return true;
-    case Op::kNotEqual:
-      map([](F32 x, F32 y) { return x != y; }, a, b, area, sink);
-      return true;
+    case Op::kEqual: map([](F32 x, F32 y) { return x == y; }, a, b, area, sink); return true;
+    case Op::kNotEqual: map([](F32 x, F32 y) { return x != y; }, a, b, area, sink); return true;
     case Op::kIntLess:
       map(of_ints([](I32 x, I32 y) { return x < y; }), a, b, area, sink);
       return true;
@@ -407,8 +390,7 @@ static bool map_logic(Op op, Operand a, Operand b, Area area, Sink& sink) {
     case Op::kXor:
       map(of_ints([](I32 x, I32 y) { return x ^ y; }), a, b, area, sink);
       return true;
-    default:
-      return false;
+    default: return false;
   }
 }
 
@@ -427,64 +409,38 @@ static inline F32 min_or_nan(F32 x, F32 y) { return select((x < y) | (x != x), x
 
 static inline void map_unary(Op op, Operand a, Area area, Store& out) {
   switch (op) {
-    case Op::kNeg:
-      return map([](F32 x) { return -x; }, a, area, out);
-    case Op::kAbs:
-      return map([](F32 x) { return abs(x); }, a, area, out);
+    case Op::kNeg: return map([](F32 x) { return -x; }, a, area, out);
+    case Op::kAbs: return map([](F32 x) { return abs(x); }, a, area, out);
     case Op::kSign:
       return map(
           [](F32 x) { return select((x == 0.0f) | (x != x), x, copysign(broadcast(1.0f), x)); },
           a, area, out);
-    case Op::kFloor:
-      return map([](F32 x) { return floor(x); }, a, area, out);
-    case Op::kCeil:
-      return map([](F32 x) { return ceil(x); }, a, area, out);
-    case Op::kRound:
-      return map([](F32 x) { return round_away(x); }, a, area, out);
-    case Op::kRoundEven:
-      return map([](F32 x) { return round_even(x); }, a, area, out);
-    case Op::kExp:
-      return map([](F32 x) { return exp(x); }, a, area, out);
-    case Op::kExp2:
-      return map([](F32 x) { return exp2(x); }, a, area, out);
-    case Op::kExpm1:
-      return map([](F32 x) { return expm1(x); }, a, area, out);
-    case Op::kLog:
-      return map([](F32 x) { return log(x); }, a, area, out);
-    case Op::kLog1p:
-      return map([](F32 x) { return log1p(x); }, a, area, out);
-    case Op::kTanh:
-      return map([](F32 x) { return tanh(x); }, a, area, out);
-    case Op::kLogistic:
-      return map([](F32 x) { return logistic(x); }, a, area, out);
-    case Op::kSqrt:
-      return map([](F32 x) { return sqrt(x); }, a, area, out);
-    case Op::kRsqrt:
-      return map([](F32 x) { return 1.0f / sqrt(x); }, a, area, out);
-    case Op::kSin:
-      return map_lanes([](float x) { return __builtin_sinf(x); }, a, area, out);
-    case Op::kCos:
-      return map_lanes([](float x) { return __builtin_cosf(x); }, a, area, out);
-    case Op::kTan:
-      return map_lanes([](float x) { return __builtin_tanf(x); }, a, area, out);
-    case Op::kAtan:
-      return map_lanes([](float x) { return __builtin_atanf(x); }, a, area, out);
-    case Op::kSinh:
-      return map_lanes([](float x) { return __builtin_sinhf(x); }, a, area, out);
-    case Op::kCosh:
-      return map_lanes([](float x) { return __builtin_coshf(x); }, a, area, out);
-    case Op::kErfc:
-      return map_lanes([](float x) { return __builtin_erfcf(x); }, a, area, out);
-    case Op::kErf:
-      return map_lanes([](float x) { return __builtin_erff(x); }, a, area, out);
-    case Op::kCbrt:
-      return map_lanes([](float x) { return __builtin_cbrtf(x); }, a, area, out);
-    case Op::kIsFinite:
-      return map([](F32 x) { return abs(x) < kInf; }, a, area, out);
+    case Op::kFloor: return map([](F32 x) { return floor(x); }, a, area, out);
+    case Op::kCeil: return map([](F32 x) { return ceil(x); }, a, area, out);
+    case Op::kRound: return map([](F32 x) { return round_away(x); }, a, area, out);
+    case Op::kRoundEven: return map([](F32 x) { return round_even(x); }, a, area, out);
+    case Op::kExp: return map([](F32 x) { return exp(x); }, a, area, out);
+    case Op::kExp2: return map([](F32 x) { return exp2(x); }, a, area, out);
+    case Op::kExpm1: return map([](F32 x) { return expm1(x); }, a, area, out);
+    case Op::kLog: return map([](F32 x) { return log(x); }, a, area, out);
+    case Op::kLog1p: return map([](F32 x) { return log1p(x); }, a, area, out);
+    case Op::kTanh: return map([](F32 x) { return tanh(x); }, a, area, out);
+    case Op::kLogistic: return map([](F32 x) { return logistic(x); }, a, area, out);
+    case Op::kSqrt: return map([](F32 x) { return sqrt(x); }, a, area, out);
+    case Op::kRsqrt: return map([](F32 x) { return 1.0f / sqrt(x); }, a, area, out);
+    case Op::kSin: return map_lanes([](float x) { return __builtin_sinf(x); }, a, area, out);
+    case Op::kCos: return map_lanes([](float x) { return __builtin_cosf(x); }, a, area, out);
+    case Op::kTan: return map_lanes([](float x) { return __builtin_tanf(x); }, a, area, out);
+    case Op::kAtan: return map_lanes([](float x) { return __builtin_atanf(x); }, a, area, out);
+    case Op::kSinh: return map_lanes([](float x) { return __builtin_sinhf(x); }, a, area, out);
+    case Op::kCosh: return map_lanes([](float x) { return __builtin_coshf(x); }, a, area, out);
+    case Op::kErfc: return map_lanes([](float x) { return __builtin_erfcf(x); }, a, area, out);
+    case Op::kErf: return map_lanes([](float x) { return __builtin_erff(x); }, a, area, out);
+    case Op::kCbrt: return map_lanes([](float x) { return __builtin_cbrtf(x); }, a, area, out);
+    case Op::kIsFinite: return map([](F32 x) { return abs(x) < kInf; }, a, area, out);
     case Op::kToFloat:
       return map([](F32 x) { return __builtin_convertvector(as_bits(x), F32); }, a, area, out);
-    case Op::kToInt:
-      return map([](F32 x) { return to_int(x); }, a, area, out);
+    case Op::kToInt: return map([](F32 x) { return to_int(x); }, a, area, out);
     case Op::kIntNeg:
       return map(of_ints([](I32 x) { return subtract(I32{}, x); }), a, area, out);
     case Op::kIntAbs:
@@ -497,27 +453,18 @@ static inline void map_unary(Op op, Operand a, Area area, Store& out) {
   }
 }
 
-static inline void map_binary(Op op, Operand a, Operand b, Area area,
-                              Store& out) {
+static inline void map_binary(Op op, Operand a, Operand b, Area area, Store& out) {
   switch (op) {
-    case Op::kAdd:
-      return map([](F32 x, F32 y) { return x + y; }, a, b, area, out);
-    case Op::kSub:
-      return map([](F32 x, F32 y) { return x - y; }, a, b, area, out);
-    case Op::kMul:
-      return map([](F32 x, F32 y) { return x * y; }, a, b, area, out);
-    case Op::kDiv:
-      return map([](F32 x, F32 y) { return x / y; }, a, b, area, out);
-    case Op::kMax:
-      return map([](F32 x, F32 y) { return max_or_nan(x, y); }, a, b, area, out);
-    case Op::kMin:
-      return map([](F32 x, F32 y) { return min_or_nan(x, y); }, a, b, area, out);
+    case Op::kAdd: return map([](F32 x, F32 y) { return x + y; }, a, b, area, out);
+    case Op::kSub: return map([](F32 x, F32 y) { return x - y; }, a, b, area, out);
+    case Op::kMul: return map([](F32 x, F32 y) { return x * y; }, a, b, area, out);
+    case Op::kDiv: return map([](F32 x, F32 y) { return x / y; }, a, b, area, out);
+    case Op::kMax: return map([](F32 x, F32 y) { return max_or_nan(x, y); }, a, b, area, out);
+    case Op::kMin: return map([](F32 x, F32 y) { return min_or_nan(x, y); }, a, b, area, out);
     case Op::kPow:
-      return map_lanes([](float x, float y) { return __builtin_powf(x, y); }, a, b, area,
-                       out);
+      return map_lanes([](float x, float y) { return __builtin_powf(x, y); }, a, b, area, out);
     case Op::kRem:
-      return map_lanes([](float x, float y) { return __builtin_fmodf(x, y); }, a, b, area,
-                       out);
+      return map_lanes([](float x, float y) { return __builtin_fmodf(x, y); }, a, b, area, out);
     case Op::kAtan2:
       return map_lanes([](float x, float y) { return __builtin_atan2f(x, y); }, a, b, area,
                        out);
@@ -531,26 +478,19 @@ static inline void map_binary(Op op, Operand a, Operand b, Area area,
       return map(of_ints([](I32 x, I32 y) { return max(x, y); }), a, b, area, out);
     case Op::kIntMin:
       return map(of_ints([](I32 x, I32 y) { return min(x, y); }), a, b, area, out);
-    case Op::kIntDiv:
-      return map_division(Division::kQuotient, a, b, area, out);
-    case Op::kIntRem:
-      return map_division(Division::kRemainder, a, b, area, out);
-    case Op::kFloorDiv:
-      return map_division(Division::kFloorQuotient, a, b, area, out);
-    case Op::kFloorRem:
-      return map_division(Division::kFloorRemainder, a, b, area, out);
+    case Op::kIntDiv: return map_division(Division::kQuotient, a, b, area, out);
+    case Op::kIntRem: return map_division(Division::kRemainder, a, b, area, out);
+    case Op::kFloorDiv: return map_division(Division::kFloorQuotient, a, b, area, out);
+    case Op::kFloorRem: return map_division(Division::kFloorRemainder, a, b, area, out);
     case Op::kShiftLeft:
     case Op::kShiftRight:
     case Op::kShiftRightLogical:
-      return map(of_ints([=](I32 x, I32 y) { return shift(op, x, y); }), a, b, area,
-                 out);
-    default:
-      map_logic(op, a, b, area, out);
+      return map(of_ints([=](I32 x, I32 y) { return shift(op, x, y); }), a, b, area, out);
+    default: map_logic(op, a, b, area, out);
   }
 }
 
-static inline void map_ternary(Op op, Operand a, Operand b, Operand c,
-                               Area area, Store& out) {
+static inline void map_ternary(Op op, Operand a, Operand b, Operand c, Area area, Store& out) {
   switch (op) {
     case Op::kSelect:
       return map([](F32 x, F32 y, F32 z) { return select(as_bits(x), y, z); }, a, b, c, area,

@@ -15,8 +15,8 @@ static void run_program(const ProgramRun& run) {
   Buffer values(Runner::bytes(run.program, run.columns));
   Buffer tile(static_cast<size_t>(run.rows * padded) * sizeof(float));
   float* scores = tile.as<float>();
-  Runner runner(run.program, run.along_queries ? Along::kQueries : Along::kKeys,
-                run.columns, values.as<void>());
+  Runner runner(run.program, run.along_queries ? Along::kQueries : Along::kKeys, run.columns,
+                values.as<void>());
 
   // Element (row, column) of the scores of one (b, h).
   const int64_t step = run.along_queries ? run.S : 1;

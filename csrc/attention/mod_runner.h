@@ -36,11 +36,13 @@ class Runner {
   void apply_score_mod(int64_t position, int64_t rows, float* scores, int64_t stride) {
     run(position, rows, scores, scores, stride);
   }
-  void apply_score_mod(int64_t position, float* scores) { apply_score_mod(position, 1, scores, 0); }
+  void apply_score_mod(int64_t position, float* scores) {
+    apply_score_mod(position, 1, scores, 0);
+  }
 
-  // Slope programs: slope = d score_mod(x) / dx at x = base. `apply_slope` may be `base`.
+  // Slope programs: slope = d score_mod(x) / dx at x = base. `slope` may be `base`.
   void apply_slope(int64_t position, int64_t rows, const float* base, float* slope,
-             int64_t stride) {
+                   int64_t stride) {
     run(position, rows, base, slope, stride);
   }
   void apply_slope(int64_t position, const float* base, float* slope) {
@@ -50,7 +52,9 @@ class Runner {
   // Mask programs: scores = -inf where masked, and beyond the last column.
   // Returns whether any score is left.
   bool apply_mask(int64_t position, int64_t rows, float* scores, int64_t stride);
-  bool apply_mask(int64_t position, float* scores) { return apply_mask(position, 1, scores, 0); }
+  bool apply_mask(int64_t position, float* scores) {
+    return apply_mask(position, 1, scores, 0);
+  }
 
  private:
   // Which indices a value depends on, besides (b, h); kFull: one value per score.
@@ -79,11 +83,10 @@ class Runner {
     return kUniform;
   }
   static int64_t round_up_lanes(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
-  static size_t lay_out(const Program& program, Along along, int64_t columns,
-                        Step* steps, float* memory);
+  static size_t lay_out(const Program& program, Along along, int64_t columns, Step* steps,
+                        float* memory);
 
-  void run(int64_t position, int64_t rows, const float* base, float* out,
-           int64_t stride);
+  void run(int64_t position, int64_t rows, const float* base, float* out, int64_t stride);
   int64_t prepare_rows(int64_t position, int64_t rows);
   void prepare_batch(int64_t rows, const float* base, int64_t stride);
   void evaluate(Domain domain, int64_t n);
@@ -109,8 +112,8 @@ class Runner {
 
 // Fills `steps` if there are any; returns the floats that the values take. Full values
 // share memory when they are no longer needed.
-inline size_t Runner::lay_out(const Program& program, Along along, int64_t columns,
-                              Step* steps, float* memory) {
+inline size_t Runner::lay_out(const Program& program, Along along, int64_t columns, Step* steps,
+                              float* memory) {
   const int64_t size = program.size(), width = round_up_lanes(columns);
   Domain domain[Program::kMaxInstructions];
   int64_t last_use[Program::kMaxInstructions];
@@ -161,17 +164,15 @@ inline size_t Runner::lay_out(const Program& program, Along along, int64_t colum
 inline size_t Runner::bytes(const Program& program, int64_t columns) {
   const size_t a = lay_out(program, Along::kKeys, columns, nullptr, nullptr);
   const size_t b = lay_out(program, Along::kQueries, columns, nullptr, nullptr);
-  return (a > b ? a : b) * sizeof(float) +
-         static_cast<size_t>(program.size()) * sizeof(Step);
+  return (a > b ? a : b) * sizeof(float) + static_cast<size_t>(program.size()) * sizeof(Step);
 }
 
 inline Runner::Runner(const Program& program, Along along, int64_t columns, void* memory)
     : program_(program),
       along_(along),
       size_(program.size()),
-      steps_(reinterpret_cast<Step*>(
-          static_cast<float*>(memory) +
-          lay_out(program, along, columns, nullptr, nullptr))) {
+      steps_(reinterpret_cast<Step*>(static_cast<float*>(memory) +
+                                     lay_out(program, along, columns, nullptr, nullptr))) {
   lay_out(program, along, columns, steps_, static_cast<float*>(memory));
 }
 
@@ -278,8 +279,7 @@ inline bool Runner::apply_mask(int64_t position, int64_t rows, float* scores, in
         }
       }
     } else if (answer.code.operands() != 2 ||
-               !map_logic(answer.code.op, operand(answer, 0), operand(answer, 1), area,
-                          sink)) {
+               !map_logic(answer.code.op, operand(answer, 0), operand(answer, 1), area, sink)) {
       // Only comparisons go straight to the scores.
       execute(answer, const_cast<float*>(answer.data), answer.stride, area);
       map(same, own, area, sink);
@@ -296,17 +296,12 @@ inline Operand Runner::operand(const Step& step, int number) const {
   const Step& from = number < 0 ? step : steps_[step.code.operand(number)];
   const bool own = number >= 0 && step.domain == from.domain;
   switch (from.domain) {
-    case kUniform:
-      return {from.data, own, 0};
-    case kRow:
-      return own ? Operand{from.data, true, 0} : Operand{from.data + row_, false, 1};
-    case kColumn:
-      return {from.data, own || !from.same, 0};
+    case kUniform: return {from.data, own, 0};
+    case kRow: return own ? Operand{from.data, true, 0} : Operand{from.data + row_, false, 1};
+    case kColumn: return {from.data, own || !from.same, 0};
     case kDiagonal:
-      return own ? Operand{from.data, true, 0}
-                 : Operand{from.data + diagonal_, !from.same, -1};
-    default:
-      return {from.data, true, from.stride};
+      return own ? Operand{from.data, true, 0} : Operand{from.data + diagonal_, !from.same, -1};
+    default: return {from.data, true, from.stride};
   }
 }
 
@@ -329,8 +324,7 @@ inline void Runner::apply(Op op, int operands, const Operand* in, Area area, Sto
   return map_ternary(op, in[0], in[1], in[2], area, store);
 }
 
-inline void Runner::execute(const Step& step, float* out, int64_t stride,
-                            Area area) const {
+inline void Runner::execute(const Step& step, float* out, int64_t stride, Area area) const {
   const Instruction code = step.code;
   const Op op = code.op;
   auto fill = [&](int64_t first, int32_t by) {
@@ -341,31 +335,25 @@ inline void Runner::execute(const Step& step, float* out, int64_t stride,
   };
   const int64_t first = step.domain == kRow ? first_row_ : first_column_;
   switch (op) {
-    case Op::kSequence:
-      return fill(b_, 0);
-    case Op::kHead:
-      return fill(h_, 0);
+    case Op::kSequence: return fill(b_, 0);
+    case Op::kHead: return fill(h_, 0);
     case Op::kQuery:
-    case Op::kKey:
-      return fill(first, 1);
+    case Op::kKey: return fill(first, 1);
     case Op::kDistance:
       // Value i stands for column first_column_ + i of the last of kDiagonals rows.
       if (along_ == Along::kKeys) {
         return fill(first_column_ - (first_diagonal_ + kDiagonals - 1), 1);
       }
       return fill(first_diagonal_ + kDiagonals - 1 - first_column_, -1);
-    case Op::kScore:
-      return;
-    case Op::kConstant:
-      return fill(code.a, 0);
+    case Op::kScore: return;
+    case Op::kConstant: return fill(code.a, 0);
     case Op::kGather:
       for (int64_t row = 0; row < area.rows; ++row) {
         const Operand index = operand(step, 0).of_row(row);
         gather(program_.arrays[code.a], index, out + row * stride, area.columns);
       }
       return;
-    default:
-      break;
+    default: break;
   }
   const int operands = code.operands();
   Operand in[3];

@@ -25,7 +25,7 @@ struct Columns {
 // The columns that the band lets a query at `position` see, of `count` keys from
 // `first_key` on.
 static inline Columns visible_columns(const Band& band, int64_t position, int64_t first_key,
-                              int64_t count) {
+                                      int64_t count) {
   return {max(0, position - band.left - first_key),
           min(count, position + band.right + 1 - first_key)};
 }
@@ -55,9 +55,7 @@ struct RowResult {
 
   // row_max - row_max is NaN where a score was infinite, as the quotient would be.
   float normalizer() const { return row_sum == 0 ? 0.0f : row_sum + (row_max - row_max); }
-  float log_sum_exp() const {
-    return row_sum == 0 ? -kInf : row_max + __builtin_logf(row_sum);
-  }
+  float log_sum_exp() const { return row_sum == 0 ? -kInf : row_max + __builtin_logf(row_sum); }
 };
 
 // The running state of a row: the lanes of row_sum add up to `one` per weight of 1.
@@ -96,8 +94,8 @@ static inline bool any_nan(const float* scores, Columns visible) {
 // Updates the maximum if it is exceeded by kRescaleThreshold, and returns the factor by
 // which sums and output so far have to be rescaled.
 template <bool kCut>
-static inline float update_max(const float* scores, Columns visible, Columns whole, Exponents to,
-                           float& row_max) {
+static inline float update_max(const float* scores, Columns visible, Columns whole,
+                               Exponents to, float& row_max) {
   F32 largest = max_of<kCut>(scores, visible, whole) * to.scale;
   if (row_max == -kInf) {  // and the sums are 0
     float now = reduce_max(largest);
@@ -111,7 +109,8 @@ static inline float update_max(const float* scores, Columns visible, Columns who
 }
 
 template <bool kModified, bool kCut>
-static inline F32 exp_row(float* scores, Columns visible, Columns whole, F32 unit, F32 row_max) {
+static inline F32 exp_row(float* scores, Columns visible, Columns whole, F32 unit,
+                          F32 row_max) {
   F32 sum = F32{};
   for (int64_t j = whole.first; j < whole.last; j += kLanes) {
     F32 x = exponent<kModified>(load(scores + j), unit, row_max);
@@ -125,7 +124,7 @@ static inline F32 exp_row(float* scores, Columns visible, Columns whole, F32 uni
 
 template <bool kCut>
 static float softmax_step_cut(float* scores, Columns visible, Columns whole, Exponents to,
-                      RowState row) {
+                              RowState row) {
   float rescale = update_max<kCut>(scores, visible, whole, to, *row.row_max);
   if (*row.row_max == -kInf) {
     for (int64_t j = whole.first; j < whole.last; j += kLanes) store(scores + j, F32{});
@@ -133,14 +132,15 @@ static float softmax_step_cut(float* scores, Columns visible, Columns whole, Exp
   }
   F32 unit = broadcast(to.scale * kLog2OfE), row_max = broadcast(to.exponent_of(*row.row_max));
   F32 sum = to.modified ? exp_row<true, kCut>(scores, visible, whole, unit, row_max)
-                       : exp_row<false, kCut>(scores, visible, whole, unit, row_max);
+                        : exp_row<false, kCut>(scores, visible, whole, unit, row_max);
   store(row.row_sum, load(row.row_sum) * rescale + sum);
   return rescale;
 }
 
 // Adds scores[visible]. Overwrites the columns `whole`, which are full vectors, with
 // weights, 0 outside `visible`. Returns the factor that rescales the output so far.
-static float softmax_step(float* scores, Columns visible, Columns whole, Exponents to, RowState row) {
+static float softmax_step(float* scores, Columns visible, Columns whole, Exponents to,
+                          RowState row) {
   bool cut = visible.first > whole.first || visible.last < whole.last;
   return cut ? softmax_step_cut<true>(scores, visible, whole, to, row)
              : softmax_step_cut<false>(scores, visible, whole, to, row);

@@ -48,8 +48,8 @@ static inline void store_weights(Bf16* row, int64_t j, F32 first, F32 second) {
 // Returns false, and leaves the sum unchanged, if a score exceeds it by far.
 template <int kParts, bool kModified, bool kCut>
 static inline bool softmax_step_known_max(const float* scores, Bf16* weights, Columns visible,
-                               Columns whole, Exponents to, RowState row,
-                               Interleaver<kParts>* interleaver) {
+                                          Columns whole, Exponents to, RowState row,
+                                          Interleaver<kParts>* interleaver) {
   F32 first = F32{}, second = F32{}, nothing = broadcast(-kInf);
   F32 unit = broadcast(to.scale * kLog2OfE), row_max = broadcast(to.exponent_of(*row.row_max));
   for (int64_t j = whole.first; j < whole.last; j += kTileDepth) {
@@ -76,8 +76,8 @@ static inline bool softmax_step_known_max(const float* scores, Bf16* weights, Co
 // As softmax_step() of online_softmax.h: determines the maximum first.
 template <int kParts, bool kModified, bool kCut>
 static inline float softmax_step_new_max(const float* scores, Bf16* weights, Columns visible,
-                                  Columns whole, Exponents to, RowState row,
-                                  Interleaver<kParts>* interleaver) {
+                                         Columns whole, Exponents to, RowState row,
+                                         Interleaver<kParts>* interleaver) {
   float rescale = update_max<kCut>(scores, visible, whole, to, *row.row_max);
   F32 unit = broadcast(to.scale * kLog2OfE), row_max = broadcast(to.exponent_of(*row.row_max));
   F32 sum = load(row.row_sum) * rescale, nothing = broadcast(-kInf);
@@ -103,23 +103,27 @@ static inline float softmax_step_new_max(const float* scores, Bf16* weights, Col
 // the attempt with the running maximum.
 template <int kParts, bool kModified, bool kCut>
 RAPTAX_INLINE float softmax_step_tiles_as(const float* scores, Bf16* weights, Columns visible,
-                                   Columns whole, Exponents to, RowState row, bool* max_increased,
-                                   Interleaver<kParts>* interleaver) {
+                                          Columns whole, Exponents to, RowState row,
+                                          bool* max_increased,
+                                          Interleaver<kParts>* interleaver) {
   if (!*max_increased && *row.row_max > -kInf &&
-      softmax_step_known_max<kParts, kModified, kCut>(scores, weights, visible, whole, to, row, interleaver)) {
+      softmax_step_known_max<kParts, kModified, kCut>(scores, weights, visible, whole, to, row,
+                                                      interleaver)) {
     return 1;
   }
-  float by = softmax_step_new_max<kParts, kModified, kCut>(scores, weights, visible, whole, to, row, interleaver);
+  float by = softmax_step_new_max<kParts, kModified, kCut>(scores, weights, visible, whole, to,
+                                                           row, interleaver);
   *max_increased = by != 1;
   return by;
 }
 
 template <int kParts>
 static inline float softmax_step_tiles(const float* scores, Bf16* weights, Columns visible,
-                                Columns whole, Exponents to, RowState row, bool* max_increased,
-                                Interleaver<kParts>* interleaver) {
-#define RAPTAX_STEP(modified, cut) \
-  softmax_step_tiles_as<kParts, modified, cut>(scores, weights, visible, whole, to, row, max_increased, interleaver)
+                                       Columns whole, Exponents to, RowState row,
+                                       bool* max_increased, Interleaver<kParts>* interleaver) {
+#define RAPTAX_STEP(modified, cut)                                                       \
+  softmax_step_tiles_as<kParts, modified, cut>(scores, weights, visible, whole, to, row, \
+                                               max_increased, interleaver)
   bool cut = visible.first > whole.first || visible.last < whole.last;
   if (to.modified) return cut ? RAPTAX_STEP(true, true) : RAPTAX_STEP(true, false);
   return cut ? RAPTAX_STEP(false, true) : RAPTAX_STEP(false, false);

@@ -5,9 +5,9 @@
 #pragma once
 
 #include "api/kernel_table.h"
+#include "attention/paged_task.h"
 #include "runtime/scratch.h"
 #include "runtime/thread_pool.h"
-#include "attention/paged_task.h"
 
 namespace raptax {
 namespace RAPTAX_ISA {
@@ -26,7 +26,7 @@ static void append_row(const PagedParams& p, int64_t b, int64_t row) {
       }
       Type type = p.stored == PageType::kF32    ? Type::kF32
                   : p.stored == PageType::kBF16 ? Type::kBF16
-                                              : Type::kF16;
+                                                : Type::kF16;
       if (type == p.new_type) {
         memcpy(to, static_cast<const char*>(from) + first * bytes_of(type),
                static_cast<size_t>(size * bytes_of(type)));
@@ -58,7 +58,8 @@ static void append(const PagedParams& p, const ThreadPool& threads) {
 
 // Plans the tasks of each sequence; returns their number. Splits need memory for
 // partial states, so sequences are split only while these fit `room` floats.
-static int64_t plan_tasks(const Call& call, int64_t room, TaskPlan* plans, int64_t* partial_rows) {
+static int64_t plan_tasks(const Call& call, int64_t room, TaskPlan* plans,
+                          int64_t* partial_rows) {
   int64_t tasks = 0, query_rows = 0;
   for (int64_t b = 0; b < call.p.B; ++b) {
     TaskPlan& plan = plans[b];
@@ -122,8 +123,13 @@ template <typename Element>
 static void attend(const PagedParams& p, const ThreadPool& threads) {
   constexpr int64_t kRoom = 2 << 20;  // floats of partial states
   Buffer plans(static_cast<size_t>(p.B) * sizeof(TaskPlan));
-  Call call = {p,       p.H / p.K, round_up(p.D, kPairLanes), round_up(p.E, kPairLanes), plans.as<TaskPlan>(),
-               nullptr, nullptr};
+  Call call = {p,
+               p.H / p.K,
+               round_up(p.D, kPairLanes),
+               round_up(p.E, kPairLanes),
+               plans.as<TaskPlan>(),
+               nullptr,
+               nullptr};
   int64_t query_rows = 0;
   int64_t tasks = plan_tasks(call, kRoom, plans.as<TaskPlan>(), &query_rows);
   Buffer partials(static_cast<size_t>(query_rows * call.pitch()) * sizeof(float));

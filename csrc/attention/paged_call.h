@@ -11,8 +11,8 @@ namespace RAPTAX_ISA {
 namespace pages {
 
 constexpr int64_t kSplit = 1024, kBlock = 128;
-constexpr int64_t kQueryRows = 128;  // of a task
-constexpr int64_t kDirectRows = 8;      // up to here packing the keys does not pay
+constexpr int64_t kQueryRows = 128;       // of a task
+constexpr int64_t kDirectRows = 8;        // up to here packing the keys does not pay
 constexpr int64_t kPointerMultiple = 16;  // row pointers are padded to a multiple of it
 
 // -------------------------------------------------------------------- online softmax
@@ -62,7 +62,9 @@ struct Call {
   int64_t first_key(int64_t b, int64_t query_row) const {
     return max(0, p.first(b) + query_row / G - p.band.left);
   }
-  int64_t end_key(int64_t b, int64_t last_query_row) const { return p.end_key(b, last_query_row / G); }
+  int64_t end_key(int64_t b, int64_t last_query_row) const {
+    return p.end_key(b, last_query_row / G);
+  }
 };
 
 // Keys first .. first + count - 1 of one sequence and kv head.

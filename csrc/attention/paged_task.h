@@ -21,13 +21,21 @@ namespace raptax {
 namespace RAPTAX_ISA {
 namespace pages {
 
-
 template <typename Element>
 class Task {
  public:
   Task(const Call& call, int64_t b, int64_t k, int64_t first_query_row, int64_t query_rows)
-      : call_(call), p_(call.p), b_(b), k_(k), first_query_row_(first_query_row), query_rows_(query_rows),
-        gemm_(choose_gemm(call.p, query_rows)), padded_(pad_query_rows(gemm_, query_rows)), Dp_(call.Dp), Ep_(call.Ep), buffer_(lay_out(nullptr)) {
+      : call_(call),
+        p_(call.p),
+        b_(b),
+        k_(k),
+        first_query_row_(first_query_row),
+        query_rows_(query_rows),
+        gemm_(choose_gemm(call.p, query_rows)),
+        padded_(pad_query_rows(gemm_, query_rows)),
+        Dp_(call.Dp),
+        Ep_(call.Ep),
+        buffer_(lay_out(nullptr)) {
     lay_out(buffer_.template as<char>());
     memset(zeros_, 0, static_cast<size_t>(4 * max(Dp_, Ep_)));
     if (gemm_ == kAmxTiles) memset(bf16_weights_, 0, static_cast<size_t>(padded_ * kBlock) * 2);
@@ -63,11 +71,13 @@ class Task {
     Buffer buffer(static_cast<size_t>(query_rows_ * pitch) * sizeof(float));
     float* whole = buffer.template as<float>();
     for (int64_t r = 0; r < query_rows_; ++r) clear(whole + r * pitch, Ep_);
-    int64_t first_key = call_.first_key(b_, first_query_row_), end_key = call_.end_key(b_, first_query_row_ + query_rows_ - 1);
+    int64_t first_key = call_.first_key(b_, first_query_row_),
+            end_key = call_.end_key(b_, first_query_row_ + query_rows_ - 1);
     while (first_key < end_key) {
       int64_t end = min(end_key, (first_key / kSplit + 1) * kSplit);
       run(first_key, end, state_);
-      for (int64_t r = 0; r < query_rows_; ++r) merge(whole + r * pitch, state_ + r * pitch, Ep_);
+      for (int64_t r = 0; r < query_rows_; ++r)
+        merge(whole + r * pitch, state_ + r * pitch, Ep_);
       first_key = end;
     }
     for (int64_t r = 0; r < query_rows_; ++r) {
@@ -77,8 +87,8 @@ class Task {
 
   // Writes what a state comes to. `query_rows` are those of the task that made it; `scratch`
   // has room for two rows of values.
-  static void write(const Call& call, int64_t b, int64_t k, int64_t query_row, int64_t query_rows,
-                    const float* state, float* scratch) {
+  static void write(const Call& call, int64_t b, int64_t k, int64_t query_row,
+                    int64_t query_rows, const float* state, float* scratch) {
     const PagedParams& p = call.p;
     int64_t row = p.row_offsets[b] + query_row / call.G, head = k * call.G + query_row % call.G;
     float sink = p.sinks == nullptr ? -kInf : p.sinks[head];
@@ -197,7 +207,8 @@ class Task {
     uint32_t* tiles = reinterpret_cast<uint32_t*>(query_) + r / kTile * Dp_ / 2 * kTile;
     for (int64_t i = 0; i < Dp_ / 2; ++i) {
       uint32_t first_key = float_to_bits(rows_[2 * i]) >> 16;
-      tiles[i * kTile + r % kTile] = first_key | (float_to_bits(rows_[2 * i + 1]) & 0xffff0000u);
+      tiles[i * kTile + r % kTile] =
+          first_key | (float_to_bits(rows_[2 * i + 1]) & 0xffff0000u);
     }
   }
 
@@ -242,7 +253,7 @@ class Task {
   }
 
   static void set_prefetch(int64_t size, int64_t count, const char* const* rows,
-                         const char* const* next, const char** ahead) {
+                           const char* const* next, const char** ahead) {
     int64_t distance = max(1, min(kAhead / (size * Element::kBytes), kBlock - 1));
     int64_t here = max(0, count - distance);
     for (int64_t j = 0; j < here; ++j) ahead[j] = rows[j + distance];
@@ -296,7 +307,8 @@ class Task {
     if (!scale_scores(block, careful)) return false;
     run_programs(block);
     if (p_.band.left < Band::kUnlimited || p_.band.right < Band::kUnlimited) apply_band(block);
-    for (int64_t r = 0; r < query_rows_; ++r) softmax_row(block, r, states + r * call_.pitch() + Ep_);
+    for (int64_t r = 0; r < query_rows_; ++r)
+      softmax_row(block, r, states + r * call_.pitch() + Ep_);
     multiply_values(block);
     if (!careful && !finite_values()) return false;
     for (int64_t r = 0; r < query_rows_; ++r) {
@@ -319,12 +331,14 @@ class Task {
     int64_t r = 0;
     for (; r + 4 <= padded_; r += 4) {
       direct_scores<Element, 4>(query_ + r * Dp_, Dp_, block.keys, block.keys_ahead, count,
-                             scores_ + r * kBlock, kBlock);
+                                scores_ + r * kBlock, kBlock);
     }
     if (padded_ - r == 2) {
-      direct_scores<Element, 2>(query_, Dp_, block.keys, block.keys_ahead, count, scores_, kBlock);
+      direct_scores<Element, 2>(query_, Dp_, block.keys, block.keys_ahead, count, scores_,
+                                kBlock);
     } else if (padded_ - r == 1) {
-      direct_scores<Element, 1>(query_, Dp_, block.keys, block.keys_ahead, count, scores_, kBlock);
+      direct_scores<Element, 1>(query_, Dp_, block.keys, block.keys_ahead, count, scores_,
+                                kBlock);
     }
   }
 
@@ -334,14 +348,14 @@ class Task {
     int64_t r = 0;
     for (; r + 4 <= padded_; r += 4) {
       direct_values<Element, 4>(scores_ + r * kBlock, kBlock, block.values, block.values_ahead,
-                             block.count, values_ + r * Ep_, Ep_);
+                                block.count, values_ + r * Ep_, Ep_);
     }
     if (padded_ - r == 2) {
       direct_values<Element, 2>(scores_, kBlock, block.values, block.values_ahead, block.count,
-                             values_, Ep_);
+                                values_, Ep_);
     } else if (padded_ - r == 1) {
       direct_values<Element, 1>(scores_, kBlock, block.values, block.values_ahead, block.count,
-                             values_, Ep_);
+                                values_, Ep_);
     }
   }
 
@@ -405,7 +419,8 @@ class Task {
         tile_scores(query + r * 2 * Dp_, Dp_ / 32, keys, scores_ + r * kBlock + j, kBlock,
                     query_rows_ - r);
       }
-      for (int64_t i = j; i < j + 4 * kTile; ++i) prefetch(block.keys_ahead[i], Dp_ * Element::kBytes);
+      for (int64_t i = j; i < j + 4 * kTile; ++i)
+        prefetch(block.keys_ahead[i], Dp_ * Element::kBytes);
     }
   }
 

@@ -9,8 +9,8 @@ namespace raptax {
 namespace RAPTAX_ISA {
 
 // The kind of a rectangle of scores, from the kinds of the tiles that it overlaps.
-static BlockKind block_kind(const BlockKinds& kinds, int64_t b, int64_t h, int64_t t, int64_t rows,
-                    int64_t s, int64_t columns) {
+static BlockKind block_kind(const BlockKinds& kinds, int64_t b, int64_t h, int64_t t,
+                            int64_t rows, int64_t s, int64_t columns) {
   if (kinds.data == nullptr) return kPartial;
   bool any_nonempty = false, all_full = true;
   for (int64_t i = t / kinds.queries; i * kinds.queries < t + rows; ++i) {
@@ -33,7 +33,8 @@ class ScoreStage {
   ScoreStage(const ScoreParams& params, int64_t b, int64_t h, char* memory)
       : params_(params), b_(b), h_(h) {
     score_ = make_runner(params.score_program, memory, score_place_);
-    mask_ = make_runner(params.mask_program, memory + bytes_of(params.score_program), mask_place_);
+    mask_ =
+        make_runner(params.mask_program, memory + bytes_of(params.score_program), mask_place_);
   }
 
   // Selects keys first_key .. first_key + count - 1. Returns whether rows need apply();
@@ -53,7 +54,7 @@ class ScoreStage {
   // Turns products into scores, -inf where masked, in rows `stride` apart; the caller
   // applies the band. `position` is the absolute position of query t.
   void apply(int64_t t, int64_t position, int64_t rows, float* scores, int64_t stride,
-              Columns at) {
+             Columns at) {
     at.last = min(at.last, count_);
     bool scale = params_.scale != 1 || params_.bias.data != nullptr;
     for (int64_t r = 0; r < rows && scale; ++r) scale_row(t + r, scores + r * stride, at);

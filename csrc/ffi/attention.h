@@ -12,17 +12,17 @@ namespace raptax {
 
 // Operands by the names of attention_params.h; without elements where there is no such array.
 struct Operands {
-  ffi::AnyBuffer query;               // (B, H, T, D)
-  ffi::AnyBuffer key;                 // (B, K, S, D)
-  ffi::AnyBuffer value;               // (B, K, S, E)
-  ffi::Buffer<ffi::S32> start;        // (1) or (B)
-  ffi::Buffer<ffi::S32> band;         // (2): left, right; INT32_MAX is no limit
-  ffi::Buffer<ffi::F32> factors;      // (2): scale of the products, rate of dropout
-  ffi::Buffer<ffi::S8> kinds;         // (#B, #H, tiles of queries, tiles of keys)
-  ffi::Buffer<ffi::PRED> mask;        // (#B, #H, #T, #S)
-  ffi::Buffer<ffi::F32> bias;         // (#B, #H, #T, #S)
-  ffi::Buffer<ffi::F32> sinks;        // (H)
-  ffi::Buffer<ffi::U32> words;        // of the dropout's key
+  ffi::AnyBuffer query;           // (B, H, T, D)
+  ffi::AnyBuffer key;             // (B, K, S, D)
+  ffi::AnyBuffer value;           // (B, K, S, E)
+  ffi::Buffer<ffi::S32> start;    // (1) or (B)
+  ffi::Buffer<ffi::S32> band;     // (2): left, right; INT32_MAX is no limit
+  ffi::Buffer<ffi::F32> factors;  // (2): scale of the products, rate of dropout
+  ffi::Buffer<ffi::S8> kinds;     // (#B, #H, tiles of queries, tiles of keys)
+  ffi::Buffer<ffi::PRED> mask;    // (#B, #H, #T, #S)
+  ffi::Buffer<ffi::F32> bias;     // (#B, #H, #T, #S)
+  ffi::Buffer<ffi::F32> sinks;    // (H)
+  ffi::Buffer<ffi::U32> words;    // of the dropout's key
 };
 
 ffi::Error invalid_argument(const std::string& what);

@@ -30,7 +30,8 @@ ffi::Error read_found(const Found& x, BackwardParams* to) {
   const Shape& s = to->forward.shape;
   if (!has_shape(x.out, {s.B, s.H, s.T, s.E}) || !has_shape(x.d_out, {s.B, s.H, s.T, s.E}) ||
       !has_shape(x.lse, {s.B, s.H, s.T}) || !has_shape(x.d_lse, {s.B, s.H, s.T})) {
-    return invalid_argument("out, its log-sum-exp or their gradients do not fit query and value");
+    return invalid_argument(
+        "out, its log-sum-exp or their gradients do not fit query and value");
   }
   to->forward.out = x.out.untyped_data();
   to->forward.lse = x.lse.typed_data();
@@ -81,17 +82,18 @@ ffi::Error read_slope(const ffi::Dictionary& attributes, Mods* mods, Program* sl
 }
 
 ffi::Error backward(ffi::ThreadPool pool, Any query, Any key, Any value,
-                    ffi::Buffer<ffi::S32> start, ffi::Buffer<ffi::S32> band,
-                    Floats factors, ffi::Buffer<ffi::S8> kinds,
-                    ffi::Buffer<ffi::PRED> mask, Floats bias, Floats sinks,
-                    ffi::Buffer<ffi::U32> words, Any out, Floats lse, Any d_out,
+                    ffi::Buffer<ffi::S32> start, ffi::Buffer<ffi::S32> band, Floats factors,
+                    ffi::Buffer<ffi::S8> kinds, ffi::Buffer<ffi::PRED> mask, Floats bias,
+                    Floats sinks, ffi::Buffer<ffi::U32> words, Any out, Floats lse, Any d_out,
                     Floats d_lse, ffi::RemainingArgs arrays, ffi::Result<Any> d_query,
                     ffi::Result<Any> d_key, ffi::Result<Any> d_value,
                     ffi::Result<Floats> d_bias, ffi::Result<Floats> d_sinks,
                     ffi::Dictionary attributes) {
-  if (chosen_kernels() == nullptr) return invalid_argument("RAPTAX_ISA names nothing that runs here");
+  if (chosen_kernels() == nullptr)
+    return invalid_argument("RAPTAX_ISA names nothing that runs here");
   for (const Any* x : {&out, &d_out, &*d_query, &*d_key, &*d_value}) {
-    if (x->element_type() != query.element_type()) return invalid_argument("arrays differ in type");
+    if (x->element_type() != query.element_type())
+      return invalid_argument("arrays differ in type");
   }
   BackwardParams p{};
   const Operands operands = {query, key,  value, start, band, factors,

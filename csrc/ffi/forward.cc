@@ -21,7 +21,8 @@ ffi::Error get(const ffi::Dictionary& attributes, const char* name, T* to) {
 
 ffi::Error read_arrays(const Operands& x, ForwardParams* to) {
   auto q = x.query.dimensions(), v = x.value.dimensions();
-  if (q.size() != 4 || v.size() != 4) return invalid_argument("query, key and value have four axes");
+  if (q.size() != 4 || v.size() != 4)
+    return invalid_argument("query, key and value have four axes");
   Shape& s = to->shape;
   s = {q[0], q[1], v[1], q[2], v[2], q[3], v[3]};
   if (!has_shape(x.key, {s.B, s.K, s.S, s.D}) || v[0] != s.B) {
@@ -105,7 +106,8 @@ ffi::Error read(const Operands& x, const ffi::Dictionary& attributes, ForwardPar
   RAPTAX_RETURN_IF_ERROR(read_broadcast(x.mask, s, "mask", &score_params.mask));
   RAPTAX_RETURN_IF_ERROR(read_broadcast(x.bias, s, "bias", &score_params.bias));
   if (x.sinks.element_count() != 0) {
-    if (!has_shape(x.sinks, {s.H})) return invalid_argument("there is one sink for each query head");
+    if (!has_shape(x.sinks, {s.H}))
+      return invalid_argument("there is one sink for each query head");
     score_params.sinks = x.sinks.typed_data();
   }
   if (x.words.element_count() != 0) {

@@ -9,29 +9,14 @@ namespace raptax {
 // False for a type that programs do not read.
 static bool entry_of(ffi::DataType type, Entry& entry) {
   switch (type) {
-    case ffi::DataType::F32:
-      entry = Entry::kF32;
-      return true;
-    case ffi::DataType::BF16:
-      entry = Entry::kBF16;
-      return true;
-    case ffi::DataType::F16:
-      entry = Entry::kF16;
-      return true;
-    case ffi::DataType::S32:
-      entry = Entry::kI32;
-      return true;
-    case ffi::DataType::S8:
-      entry = Entry::kI8;
-      return true;
-    case ffi::DataType::U8:
-      entry = Entry::kU8;
-      return true;
-    case ffi::DataType::PRED:
-      entry = Entry::kBool;
-      return true;
-    default:
-      return false;
+    case ffi::DataType::F32: entry = Entry::kF32; return true;
+    case ffi::DataType::BF16: entry = Entry::kBF16; return true;
+    case ffi::DataType::F16: entry = Entry::kF16; return true;
+    case ffi::DataType::S32: entry = Entry::kI32; return true;
+    case ffi::DataType::S8: entry = Entry::kI8; return true;
+    case ffi::DataType::U8: entry = Entry::kU8; return true;
+    case ffi::DataType::PRED: entry = Entry::kBool; return true;
+    default: return false;
   }
 }
 
@@ -66,9 +51,8 @@ static ffi::Error run(ffi::Buffer<ffi::F32> scores, ffi::RemainingArgs arrays,
   ProgramRun run;
   bool has = false;
   Programs programs(arrays, 0);
-  ffi::Error error =
-      programs.read(code, static_cast<int64_t>(arrays.size()),
-                    what != ProgramRun::kMask, run.program, has);
+  ffi::Error error = programs.read(code, static_cast<int64_t>(arrays.size()),
+                                   what != ProgramRun::kMask, run.program, has);
   if (error.failure()) return error;
   const auto shape = scores.dimensions();
   if (!has || shape.size() != 4 || columns < 1 || rows < 1 ||

@@ -21,8 +21,7 @@ class Programs {
 
   // Reads the next program, whose arrays are the next `count` operands. Of no code, it
   // is no program, and `has` is false.
-  ffi::Error read(Code code, int64_t count, bool reads_scores, Program& program,
-                  bool& has);
+  ffi::Error read(Code code, int64_t count, bool reads_scores, Program& program, bool& has);
 
   // Whether every operand was an array of some program.
   bool finished() const { return next_ == args_.size(); }

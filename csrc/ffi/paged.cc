@@ -66,8 +66,8 @@ ffi::ErrorOr<Operands> read(ffi::RemainingArgs args, bool append) {
   ffi::AnyBuffer table = take(), lengths = take(), offsets = take(), layer = take(),
                  scale = take(), band = take(), sinks = take();
   if (!there) return ffi::Unexpected(invalid_argument("an operand is missing."));
-  return Operands{query,    key,   value,   k_pages, v_pages, k_scales, v_scales, table,
-                  lengths,  offsets, layer, scale,   band,    sinks,    next};
+  return Operands{query,   key,     value, k_pages, v_pages, k_scales, v_scales, table,
+                  lengths, offsets, layer, scale,   band,    sinks,    next};
 }
 
 ffi::Error check_axes(const Operands& x, const PagedParams& p, bool append) {
@@ -87,8 +87,10 @@ ffi::Error check_axes(const Operands& x, const PagedParams& p, bool append) {
   fit = fit && x.scale.element_type() == ffi::DataType::F32 &&
         x.sinks.element_type() == ffi::DataType::F32 &&
         x.v_pages.element_type() == x.k_pages.element_type();
-  if (!fit) return invalid_argument("the shapes or dtypes of the operands do not fit together.");
-  if (p.K < 1 || p.H % p.K != 0 || p.P < 1) return invalid_argument("heads or pages are of no size.");
+  if (!fit)
+    return invalid_argument("the shapes or dtypes of the operands do not fit together.");
+  if (p.K < 1 || p.H % p.K != 0 || p.P < 1)
+    return invalid_argument("heads or pages are of no size.");
   return ffi::Error::Success();
 }
 
@@ -132,7 +134,8 @@ ffi::Error fill(const Operands& x, bool append, PagedParams& p) {
 
 // Results: out and the log-sum-exp, then the pools appended to, which XLA must have
 // aliased to the operands.
-ffi::Error check_results(ffi::RemainingRets rets, const Operands& x, bool append, PagedParams& p) {
+ffi::Error check_results(ffi::RemainingRets rets, const Operands& x, bool append,
+                         PagedParams& p) {
   auto out = rets.get<ffi::AnyBuffer>(0);
   if (!out.has_value() || !is(**out, {p.R, p.H, p.E}) ||
       (*out)->element_type() != x.query.element_type()) {
@@ -150,16 +153,19 @@ ffi::Error check_results(ffi::RemainingRets rets, const Operands& x, bool append
   for (size_t i = 0; i < (quantized(p.stored) ? 4 : 2); ++i) {
     auto pool = rets.get<ffi::AnyBuffer>(i + 2);
     if (!pool.has_value() || (*pool)->untyped_data() != pools[i]->untyped_data()) {
-      return invalid_argument("the pool came back as another buffer, so it cannot be updated in place.");
+      return invalid_argument(
+          "the pool came back as another buffer, so it cannot be updated in place.");
     }
   }
   return ffi::Error::Success();
 }
 
 ffi::Error paged(ffi::ThreadPool threads, ffi::RemainingArgs args, ffi::RemainingRets rets,
-                 bool append, Code mask_code, int64_t mask_arrays, Code score_code, int64_t score_arrays) {
+                 bool append, Code mask_code, int64_t mask_arrays, Code score_code,
+                 int64_t score_arrays) {
   const Kernels* kernels = chosen_kernels();
-  if (kernels == nullptr) return invalid_argument("RAPTAX_ISA names no instruction set of this machine.");
+  if (kernels == nullptr)
+    return invalid_argument("RAPTAX_ISA names no instruction set of this machine.");
   ffi::ErrorOr<Operands> operands = read(args, append);
   if (operands.has_error()) return operands.error();
   PagedParams problem{};

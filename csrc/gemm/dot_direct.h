@@ -24,8 +24,8 @@ static inline void prefetch(const char* row, int64_t bytes) {
 // multiple of 16. Prefetches the rows `ahead`.
 template <typename Element, int kQueryRows>
 static void direct_scores(const float* query_rows, int64_t size, const char* const* rows,
-                       const char* const* ahead, int64_t count, float* scores,
-                       int64_t stride) {
+                          const char* const* ahead, int64_t count, float* scores,
+                          int64_t stride) {
   constexpr int kKeysAtOnce = kSums / kQueryRows;
   for (int64_t j = 0; j < count; j += kKeysAtOnce) {
     F32 sum[kSums] = {};
@@ -53,8 +53,8 @@ static void direct_scores(const float* query_rows, int64_t size, const char* con
 // rows and kPairs * kPairLanes columns from `first` on.
 template <typename Element, int kQueryRows, int kPairs>
 static void direct_columns(const float* weights, int64_t stride, const char* const* rows,
-                        const char* const* ahead, int64_t count, int64_t first, float* out,
-                        int64_t size) {
+                           const char* const* ahead, int64_t count, int64_t first, float* out,
+                           int64_t size) {
   F32 sum[kQueryRows][2 * kPairs] = {};
   for (int64_t j = 0; j < count; ++j) {
     F32 x[2 * kPairs];
@@ -76,11 +76,12 @@ static void direct_columns(const float* weights, int64_t stride, const char* con
 
 template <typename Element, int kQueryRows>
 static void direct_values(const float* weights, int64_t stride, const char* const* rows,
-                       const char* const* ahead, int64_t count, float* out, int64_t size) {
+                          const char* const* ahead, int64_t count, float* out, int64_t size) {
   constexpr int kPairs = kQueryRows == 1 ? 4 : kSums / (2 * kQueryRows);
   int64_t e = 0;
   for (; e + kPairs * kPairLanes <= size; e += kPairs * kPairLanes) {
-    direct_columns<Element, kQueryRows, kPairs>(weights, stride, rows, ahead, count, e, out, size);
+    direct_columns<Element, kQueryRows, kPairs>(weights, stride, rows, ahead, count, e, out,
+                                                size);
   }
   for (; e < size; e += kPairLanes) {
     direct_columns<Element, kQueryRows, 1>(weights, stride, rows, ahead, count, e, out, size);

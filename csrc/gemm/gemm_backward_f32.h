@@ -24,7 +24,7 @@ struct BackLeft {
 // c[kBackRows x kVectors] (+)= a b over `depth` steps.
 template <int kVectors, bool kTransposed>
 static void back_micro_gemm(int64_t depth, const float* a, int64_t a_stride, const float* b,
-                       int64_t b_stride, float* c, int64_t c_stride, bool add) {
+                            int64_t b_stride, float* c, int64_t c_stride, bool add) {
   F32 sum[kBackRows][kVectors];
 #pragma GCC unroll 8
   for (int r = 0; r < kBackRows; ++r) {
@@ -55,24 +55,23 @@ static void back_micro_gemm(int64_t depth, const float* a, int64_t a_stride, con
 
 template <int kVectors>
 static void back_gemm_columns(int64_t rows, int64_t depth, BackLeft a, const float* b,
-                         int64_t b_stride, float* c, int64_t c_stride, bool add) {
+                              int64_t b_stride, float* c, int64_t c_stride, bool add) {
   for (int64_t r = 0; r < rows; r += kBackRows) {
     float* to = c + r * c_stride;
     if (a.transposed) {
       back_micro_gemm<kVectors, true>(depth, a.data + r, a.stride, b, b_stride, to, c_stride,
-                                 add);
+                                      add);
     } else {
       back_micro_gemm<kVectors, false>(depth, a.data + r * a.stride, a.stride, b, b_stride, to,
-                                  c_stride, add);
+                                       c_stride, add);
     }
   }
 }
 
 // c (rows x columns) = a b, or += if `add`. `rows` is a multiple of kBackRows and
 // `columns` one of kLanes; b has rows of b_stride floats.
-static void back_gemm(int64_t rows, int64_t columns, int64_t depth, BackLeft a,
-                         const float* b, int64_t b_stride, float* c, int64_t c_stride,
-                         bool add) {
+static void back_gemm(int64_t rows, int64_t columns, int64_t depth, BackLeft a, const float* b,
+                      int64_t b_stride, float* c, int64_t c_stride, bool add) {
   for (int64_t n = 0; n < columns;) {
     int64_t left = (columns - n) / kLanes;
     // Four vectors go as two and two: one alone would be bound by FMA latency.

@@ -18,8 +18,8 @@ constexpr int kMicroRows = 6;
 // c (+)= a b for R rows: a (R, n) and c (R, V vectors) with strides, b (n, V vectors)
 // without gaps. Sums run in the order of n whatever R is.
 template <int R, int V>
-static inline void micro_gemm(const float* a, int64_t a_stride, const float* b,
-                                 int64_t n, float* c, int64_t c_stride, bool add) {
+static inline void micro_gemm(const float* a, int64_t a_stride, const float* b, int64_t n,
+                              float* c, int64_t c_stride, bool add) {
   F32 sum[R][V];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
@@ -47,8 +47,8 @@ static inline void micro_gemm(const float* a, int64_t a_stride, const float* b,
 }
 
 template <int R, int V>
-static void gemm_rows(int64_t rows, const float* a, int64_t a_stride, const float* b,
-                           int64_t n, float* c, int64_t c_stride, bool add) {
+static void gemm_rows(int64_t rows, const float* a, int64_t a_stride, const float* b, int64_t n,
+                      float* c, int64_t c_stride, bool add) {
   if (rows == R) {
     micro_gemm<R, V>(a, a_stride, b, n, c, c_stride, add);
   } else if constexpr (R > 1) {
@@ -58,7 +58,7 @@ static void gemm_rows(int64_t rows, const float* a, int64_t a_stride, const floa
 
 // The same for up to kMicroRows rows, and one or two vectors of columns.
 static void gemm(int64_t rows, int64_t columns, const float* a, int64_t a_stride,
-                     const float* b, int64_t n, float* c, int64_t c_stride, bool add) {
+                 const float* b, int64_t n, float* c, int64_t c_stride, bool add) {
   if (columns == kLanes) {
     gemm_rows<kMicroRows, 1>(rows, a, a_stride, b, n, c, c_stride, add);
   } else {

@@ -16,7 +16,7 @@
 namespace raptax {
 namespace RAPTAX_ISA {
 
-constexpr int64_t kTileDepth = 32;         // what one tile product sums over
+constexpr int64_t kTileDepth = 32;     // what one tile product sums over
 constexpr int64_t kTileNumbers = 512;  // bfloat16 numbers of a tile
 
 typedef uint16_t Bf16;
@@ -54,8 +54,8 @@ static inline void split(F32 x, F32 y, Pairs* parts) {
 // The same, with the first part clamped so that it does not overflow to infinity.
 static inline void split_any(F32 x, F32 y, Pairs* parts) {
   F32 upper = broadcast(0x1.fep127f), lower = -upper;
-  split(x, min(max(near_bf16(x), lower), upper), y,
-        min(max(near_bf16(y), lower), upper), parts);
+  split(x, min(max(near_bf16(x), lower), upper), y, min(max(near_bf16(y), lower), upper),
+        parts);
 }
 
 // Numbers d .. d + 31 of a row of `size`, then zeros.
@@ -159,8 +159,9 @@ static bool pack_keys_amx(const Source& from, const bool* finite_rows, int64_t c
 
 static inline U32 load_row_part(const Bf16* row, int64_t e, int64_t size) {
   int64_t left = size - e;
-  __mmask16 mask = static_cast<__mmask16>(
-      left >= 16 ? 0xffff : left <= 0 ? 0 : (1u << left) - 1);
+  __mmask16 mask = static_cast<__mmask16>(left >= 16  ? 0xffff
+                                          : left <= 0 ? 0
+                                                      : (1u << left) - 1);
   return (U32)_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, row + e));
 }
 

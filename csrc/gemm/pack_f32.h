@@ -100,8 +100,7 @@ static void pack_block(const Source& keys, const Source& values, int64_t count,
 
 // Packs query rows, zero-padded to `stride`. A row that is not finite becomes NaN
 // throughout, as its scores are.
-static void pack_queries(const Source& queries, int64_t count, float* packed,
-                         int64_t stride) {
+static void pack_queries(const Source& queries, int64_t count, float* packed, int64_t stride) {
   for (int64_t t = 0; t < count; ++t) {
     F32 zero = F32{};
     for (int64_t d = 0; d < stride; d += kLanes) {

@@ -24,9 +24,7 @@ class ThreadPool {
   void parallel_for(int64_t count, const Task& task) const {
     run(
         count,
-        [](void* context, int64_t index) {
-          (*static_cast<const Task*>(context))(index);
-        },
+        [](void* context, int64_t index) { (*static_cast<const Task*>(context))(index); },
         const_cast<void*>(static_cast<const void*>(&task)));
   }
 };

@@ -19,7 +19,7 @@ class WorkQueue {
   // starts.
   template <typename Schedule>
   static void parallel_for(int64_t count, int64_t helpers, void (*task)(void*, int64_t),
-                    void* context, const Schedule& schedule) {
+                           void* context, const Schedule& schedule) {
     if (count <= 0) return;
     auto queue = std::make_shared<WorkQueue>(count);
     for (int64_t i = 0; i < helpers && i < count - 1; ++i) {

@@ -24,8 +24,8 @@ static inline bool back_all(I32 x) {
 
 // `count` numbers from entry `first` on as float32, with zeros for what is not finite,
 // and zeros up to `padded`, a multiple of kLanes. Returns whether all were finite.
-static bool back_row(const void* data, Type type, int64_t first, int64_t count,
-                     int64_t padded, float* to) {
+static bool back_row(const void* data, Type type, int64_t first, int64_t count, int64_t padded,
+                     float* to) {
   I32 all_finite = broadcast(int32_t{-1});
   for (int64_t i = 0; i < padded; i += kLanes) {
     F32 x = i < count ? load_some(type, data, first + i, count - i) : F32{};
@@ -37,8 +37,7 @@ static bool back_row(const void* data, Type type, int64_t first, int64_t count,
 }
 
 // Sum of products of two rows.
-static float back_dot(const void* a, const void* b, Type type, int64_t first,
-                      int64_t count) {
+static float back_dot(const void* a, const void* b, Type type, int64_t first, int64_t count) {
   F32 sum{};
   for (int64_t i = 0; i < count; i += kLanes) {
     sum += load_some(type, a, first + i, count - i) * load_some(type, b, first + i, count - i);
@@ -47,8 +46,8 @@ static float back_dot(const void* a, const void* b, Type type, int64_t first,
 }
 
 // Writes `count` numbers, times `factor`, from entry `first` on.
-static void back_put_row(const float* from, float factor, void* data, Type type,
-                         int64_t first, int64_t count) {
+static void back_put_row(const float* from, float factor, void* data, Type type, int64_t first,
+                         int64_t count) {
   for (int64_t i = 0; i < count; i += kLanes) {
     store_some(type, data, first + i, load(from + i) * broadcast(factor), count - i);
   }

@@ -117,7 +117,8 @@ static inline F32 log(F32 x) {
   // y = 2**n * m with m from sqrt(1/2) to sqrt(2).
   const I32 shifted = (I32)((U32)as_bits(y) - 0x3f3504f3u);
   const I32 whole = shifted >> 23;
-  const F32 n = __builtin_convertvector(whole, F32) - select(small, broadcast(23.0f), broadcast(0.0f));
+  const F32 n =
+      __builtin_convertvector(whole, F32) - select(small, broadcast(23.0f), broadcast(0.0f));
   const F32 f = as_float((shifted & 0x7fffff) + 0x3f3504f3) - 1.0f;
   F32 p = broadcast(-7.634429633617401e-2f);
   p = p * f + 1.2761549651622772e-1f;
@@ -147,8 +148,8 @@ static inline F32 logistic(F32 x) { return 1.0f / (1.0f + exp(-x)); }
 
 static inline F32 truncate(F32 x) {
   // Every float from 2**23 on is an integer.
-  const F32 whole = __builtin_convertvector(__builtin_convertvector(
-      select(abs(x) < 8388608.0f, x, broadcast(0.0f)), I32), F32);
+  const F32 whole = __builtin_convertvector(
+      __builtin_convertvector(select(abs(x) < 8388608.0f, x, broadcast(0.0f)), I32), F32);
   return select(abs(x) < 8388608.0f, copysign(whole, x), x);
 }
 static inline F32 floor(F32 x) {

@@ -272,8 +272,8 @@ static inline uint8_t to_code(PageType stored, float x) {
   }
   uint32_t sign = float_to_bits(x) >> 24 & 0x80;
   float magnitude = __builtin_fabsf(x);
-  uint32_t code =
-      stored == PageType::kE4M3 ? to_minifloat<3, -6>(magnitude) : to_minifloat<2, -14>(magnitude);
+  uint32_t code = stored == PageType::kE4M3 ? to_minifloat<3, -6>(magnitude)
+                                            : to_minifloat<2, -14>(magnitude);
   return static_cast<uint8_t>(sign | code);
 }
 

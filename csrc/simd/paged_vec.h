@@ -14,9 +14,8 @@ namespace pages {
 #define RAPTAX_8(f, h) RAPTAX_4(f, h), f(4, h), f(5, h), f(6, h), f(7, h)
 #endif
 #if RAPTAX_LANES == 16
-#define RAPTAX_ALL(f, h)                                                            \
-  RAPTAX_8(f, h), f(8, h), f(9, h), f(10, h), f(11, h), f(12, h), f(13, h), f(14, h), \
-      f(15, h)
+#define RAPTAX_ALL(f, h) \
+  RAPTAX_8(f, h), f(8, h), f(9, h), f(10, h), f(11, h), f(12, h), f(13, h), f(14, h), f(15, h)
 #elif RAPTAX_LANES == 8
 #define RAPTAX_ALL(f, h) RAPTAX_8(f, h)
 #else
@@ -110,7 +109,9 @@ static inline F32 exp2_nonpositive(F32 x) {
 }
 
 // exp(a - b) for a <= b where a may be -inf.
-static inline float exp_difference(float a, float b) { return exp2_nonpositive(broadcast((a - b) * kLog2OfE))[0]; }
+static inline float exp_difference(float a, float b) {
+  return exp2_nonpositive(broadcast((a - b) * kLog2OfE))[0];
+}
 
 static inline bool any_lane(I32 x) {
   uint64_t words[kLanes / 2], found = 0;
@@ -123,8 +124,7 @@ static inline bool any_lane(I32 x) {
 constexpr int kMicroRows = RAPTAX_LANES == 16 ? 8 : 4, kMicroVectors = 2;
 
 static inline void micro_gemm(const float* a, int64_t a_stride, const float* b,
-                                 int64_t b_stride, int64_t depth, float* out,
-                                 int64_t out_stride) {
+                              int64_t b_stride, int64_t depth, float* out, int64_t out_stride) {
   F32 sum[kMicroRows][kMicroVectors] = {};
   for (int64_t d = 0; d < depth; ++d) {
     F32 column[kMicroVectors];
@@ -140,13 +140,12 @@ static inline void micro_gemm(const float* a, int64_t a_stride, const float* b,
 }
 
 // The same for any multiples of these rows and columns.
-static void gemm(int64_t rows, int64_t columns, int64_t depth, const float* a,
-                    int64_t a_stride, const float* b, int64_t b_stride, float* out,
-                    int64_t out_stride) {
+static void gemm(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_stride,
+                 const float* b, int64_t b_stride, float* out, int64_t out_stride) {
   for (int64_t c = 0; c < columns; c += kMicroVectors * kLanes) {
     for (int64_t r = 0; r < rows; r += kMicroRows) {
-      micro_gemm(a + r * a_stride, a_stride, b + c, b_stride, depth,
-                    out + r * out_stride + c, out_stride);
+      micro_gemm(a + r * a_stride, a_stride, b + c, b_stride, depth, out + r * out_stride + c,
+                 out_stride);
     }
   }
 }

@@ -14,6 +14,7 @@ namespace RAPTAX_ISA {
 // start)^n. Our own fits of least relative error. Table lookups use other ports than
 // multiplication: beside tile products a soft cap costs a quarter less than as a
 // quotient of polynomials.
+// clang-format off
 alignas(64) constexpr float kTanhPieces[7][32] = {
     {0.0f, 0.125f, 0.15625f, 0.1875f, 0.21875f, 0.25f, 0.3125f, 0.375f, 0.4375f, 0.5f,
     0.625f, 0.75f, 0.875f, 1.0f, 1.25f, 1.5f, 1.75f, 2.0f, 2.5f, 3.0f, 3.5f, 4.0f, 5.0f,
@@ -48,6 +49,7 @@ alignas(64) constexpr float kTanhPieces[7][32] = {
     -0.053074468f, -0.03211046f, -9.554757e-3f, 1.3785654e-3f, 4.5958734e-3f, 3.976147e-3f,
     1.916745e-3f, 7.7151123e-4f, 2.9306437e-4f, 6.870457e-5f, 9.334609e-6f, 1.2639704e-6f,
     1.7107206e-7f, 9.799487e-9f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f}};
+// clang-format on
 
 static inline F32 lookup(const float* pieces, __m512i piece) {
   return (F32)_mm512_permutex2var_ps(_mm512_load_ps(pieces), piece,

@@ -180,7 +180,7 @@ struct Case {
         words.push_back(static_cast<uint32_t>(rng()));
       }
       score_params.dropout = {arrays.keep(words), static_cast<int64_t>(words.size()),
-                       static_cast<float>(between(1, 19)) * 0.05f};
+                              static_cast<float>(between(1, 19)) * 0.05f};
     }
     if (chance(mask ? 70 : 20)) draw_kinds();
   }

@@ -78,8 +78,8 @@ struct Results {
 // One query row: its scores, how they depend on their bases, and how exact they can be.
 struct Row {
   Numbers score, slope, kept;
-  double inexact = 0;  // of a score, absolutely
-  bool strange = false;  // some score is neither finite nor -inf
+  double inexact = 0;     // of a score, absolutely
+  bool strange = false;   // some score is neither finite nor -inf
   bool infinite = false;  // so is the base of one
 
   Row(const Case& c, int64_t b, int64_t h, int64_t t) {
@@ -108,7 +108,8 @@ struct Row {
       }
       double scale = static_cast<double>(score_params.scale), base = product * scale, bias = 0;
       if (score_params.bias.data != nullptr) {
-        bias = static_cast<double>(score_params.bias.row(b, h, t)[k * score_params.bias.stride[3]]);
+        bias = static_cast<double>(
+            score_params.bias.row(b, h, t)[k * score_params.bias.stride[3]]);
       }
       base += bias;
       bool good = good_query && finite(f.key, row * s.D, s.D, f.type) &&
@@ -122,8 +123,8 @@ struct Row {
       infinite |= !std::isfinite(base);
       if (!std::isfinite(base)) continue;
       size = size * std::abs(scale) + std::abs(bias);
-      inexact = std::max(inexact, 1e-6 * (size * std::max(1.0, std::abs(by)) +
-                                          std::abs(changed) + 1));
+      inexact = std::max(inexact,
+                         1e-6 * (size * std::max(1.0, std::abs(by)) + std::abs(changed) + 1));
     }
   }
 
@@ -139,11 +140,17 @@ struct Row {
 class Check {
  public:
   explicit Check(const Case& c, const Results& results)
-      : c_(c), s_(c.shape()), p_(results.p), type_(p_.forward.type),
+      : c_(c),
+        s_(c.shape()),
+        p_(results.p),
+        type_(p_.forward.type),
         // Weights and gradients of scores are rounded to bfloat16 before a product.
         rounding_(type_ == Type::kBF16 ? 1.0 / 64 : 3e-6),
-        d_query_(s_.B * s_.H * s_.T * s_.D), d_key_(s_.B * s_.K * s_.S * s_.D),
-        d_value_(s_.B * s_.K * s_.S * s_.E), d_bias_(results.biases), d_sinks_(s_.H) {}
+        d_query_(s_.B * s_.H * s_.T * s_.D),
+        d_key_(s_.B * s_.K * s_.S * s_.D),
+        d_value_(s_.B * s_.K * s_.S * s_.E),
+        d_bias_(results.biases),
+        d_sinks_(s_.H) {}
 
   void run() {
     bool strange = false;
@@ -165,7 +172,8 @@ class Check {
  private:
   void forward(const Row& row, int64_t n, int64_t b, int64_t h) {
     double sink = -kInfinite;
-    if (c_.score_params().sinks != nullptr) sink = static_cast<double>(c_.score_params().sinks[h]);
+    if (c_.score_params().sinks != nullptr)
+      sink = static_cast<double>(c_.score_params().sinks[h]);
     double high = sink;
     for (double x : row.score) high = std::max(high, x);  // passes over NaN
     bool nothing = high == -kInfinite && !row.strange;
@@ -195,8 +203,9 @@ class Check {
     if (row.strange) return;
     double lse = nothing ? -kInfinite : high + std::log(total);
     double actual = static_cast<double>(p_.forward.lse[n]);
-    if (lse == -kInfinite ? actual != lse
-                          : !(std::abs(actual - lse) < row.inexact + 2e-4 * (1 + std::abs(lse)))) {
+    if (lse == -kInfinite
+            ? actual != lse
+            : !(std::abs(actual - lse) < row.inexact + 2e-4 * (1 + std::abs(lse)))) {
       report("lse", n, actual, lse, row.inexact);
     }
   }
@@ -264,7 +273,8 @@ class Check {
                   name, (long long)at, actual, wanted, slack, static_cast<int>(type_),
                   (long long)s_.B, (long long)s_.H, (long long)s_.K, (long long)s_.T,
                   (long long)s_.S, (long long)s_.D, (long long)s_.E,
-                  c_.score_params().mask.data ? " mask" : "", c_.score_params().bias.data ? " bias" : "",
+                  c_.score_params().mask.data ? " mask" : "",
+                  c_.score_params().bias.data ? " bias" : "",
                   c_.score_params().sinks ? " sinks" : "", c_.score ? " score" : "",
                   c_.mask ? " mod" : "", c_.score_params().dropout.words ? " dropout" : "",
                   c_.score_params().kinds.data ? " kinds" : "");

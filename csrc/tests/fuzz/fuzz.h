@@ -40,9 +40,7 @@ inline float normal() {
 struct Bytes {
   explicit Bytes(int64_t count)
       : data(static_cast<char*>(std::malloc(count ? count : 1))), size(count) {}
-  Bytes(Bytes&& other) noexcept : data(other.data), size(other.size) {
-    other.data = nullptr;
-  }
+  Bytes(Bytes&& other) noexcept : data(other.data), size(other.size) { other.data = nullptr; }
   ~Bytes() { std::free(data); }
   char* data;
   int64_t size;
@@ -72,8 +70,8 @@ inline double decode(uint32_t code, int fraction, int exponent, bool finite_only
   uint32_t ones = (1u << exponent) - 1, e = code >> fraction & ones;
   uint32_t f = code & ((1u << fraction) - 1), sign = code >> (fraction + exponent) & 1;
   int bias = (1 << (exponent - 1)) - 1;
-  double value = std::ldexp(e ? (1u << fraction) + f : f,
-                            static_cast<int>(e ? e : 1) - bias - fraction);
+  double value =
+      std::ldexp(e ? (1u << fraction) + f : f, static_cast<int>(e ? e : 1) - bias - fraction);
   if (finite_only ? (e == ones && f == (1u << fraction) - 1) : e == ones) {
     value = finite_only || f ? std::nan("") : std::numeric_limits<double>::infinity();
   }

@@ -92,8 +92,10 @@ inline Lookup random_wholes(Arrays* arrays, Entry entry, int64_t size, int64_t m
   Bytes bytes(size * (entry == Entry::kI32 ? 4 : 1));
   for (int64_t i = 0; i < size; ++i) {
     int32_t x = static_cast<int32_t>(between(0, most));
-    if (entry == Entry::kI32) std::memcpy(bytes.data + 4 * i, &x, 4);
-    else bytes.data[i] = static_cast<char>(x);
+    if (entry == Entry::kI32)
+      std::memcpy(bytes.data + 4 * i, &x, 4);
+    else
+      bytes.data[i] = static_cast<char>(x);
   }
   return {{arrays->keep(std::move(bytes)), entry, size}};
 }
@@ -148,8 +150,8 @@ inline Mod added_table(Arrays* arrays, int64_t width, bool by_distance) {
   int64_t shift = between(-3, width);
   ModWriter w(arrays, {table.array});
   int32_t x = w.add(Op::kScore);
-  int32_t index = by_distance ? w.add(Op::kIntAdd, w.add(Op::kDistance), w.whole(shift))
-                              : w.square(width);
+  int32_t index =
+      by_distance ? w.add(Op::kIntAdd, w.add(Op::kDistance), w.whole(shift)) : w.square(width);
   w.add(Op::kAdd, w.add(Op::kGather, 0, index), x);
   Mod mod;
   mod.program = w.done(true);
@@ -205,8 +207,10 @@ inline Mod random_score_mod(Arrays* arrays, const Shape& s) {
 inline Mod by_distance(Arrays* arrays, int64_t n, bool dilated) {
   ModWriter w(arrays, {});
   int32_t distance = w.add(Op::kDistance), limit = w.whole(n);
-  if (dilated) w.add(Op::kIntEqual, w.add(Op::kFloorRem, distance, limit), w.whole(0));
-  else w.add(Op::kIntLessEqual, w.add(Op::kIntAbs, distance), limit);
+  if (dilated)
+    w.add(Op::kIntEqual, w.add(Op::kFloorRem, distance, limit), w.whole(0));
+  else
+    w.add(Op::kIntLessEqual, w.add(Op::kIntAbs, distance), limit);
   Mod mod;
   mod.program = w.done(false);
   mod.value = [=](const Place& at, double) {

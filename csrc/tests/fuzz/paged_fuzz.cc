@@ -138,9 +138,9 @@ void fail(const Case& c, const std::string& what) {
   std::snprintf(problem, sizeof problem,
                 "B=%lld H=%lld K=%lld D=%lld E=%lld P=%lld type=%d new=%d stored=%d "
                 "append=%d left=%lld right=%lld",
-                (long long)p.B, (long long)p.H, (long long)p.K, (long long)p.D,
-                (long long)p.E, (long long)p.P, (int)p.type, (int)p.new_type, (int)p.stored,
-                p.key != nullptr, (long long)p.band.left, (long long)p.band.right);
+                (long long)p.B, (long long)p.H, (long long)p.K, (long long)p.D, (long long)p.E,
+                (long long)p.P, (int)p.type, (int)p.new_type, (int)p.stored, p.key != nullptr,
+                (long long)p.band.left, (long long)p.band.right);
   fuzz::fail(what, problem);
 }
 

@@ -62,8 +62,9 @@ class Threads final : public ThreadPool {
   explicit Threads(int helpers) : pool_(helpers), helpers_(helpers) {}
   int threads() const override { return helpers_ + 1; }
   void run(int64_t count, void (*task)(void*, int64_t), void* context) const override {
-    WorkQueue::parallel_for(count, helpers_, task, context,
-                   [this](std::function<void()> job) { pool_.schedule(std::move(job)); });
+    WorkQueue::parallel_for(count, helpers_, task, context, [this](std::function<void()> job) {
+      pool_.schedule(std::move(job));
+    });
   }
 
  private:
