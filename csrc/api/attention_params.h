@@ -4,13 +4,14 @@
 
 #include <cstdint>
 
+#include "api/inline.h"
 #include "api/mod_program.h"
 
 namespace raptax {
 
 enum class Type : int32_t { kF32, kBF16, kF16 };
 
-inline int64_t bytes_of(Type type) { return type == Type::kF32 ? 4 : 2; }
+RAPTAX_API_INLINE int64_t bytes_of(Type type) { return type == Type::kF32 ? 4 : 2; }
 
 struct Shape {
   int64_t B, H, K;  // sequences, query heads, key/value heads; H % K == 0
@@ -25,7 +26,7 @@ struct Broadcast {
   T* data = nullptr;
   int64_t stride[4] = {0, 0, 0, 0};
 
-  T* row(int64_t b, int64_t h, int64_t t) const {
+  RAPTAX_API_INLINE T* row(int64_t b, int64_t h, int64_t t) const {
     return data + b * stride[0] + h * stride[1] + t * stride[2];
   }
 };
@@ -38,7 +39,7 @@ struct Band {
 };
 
 // The band of an operand (left, right); INT32_MAX means unlimited.
-inline Band band_of(const int32_t* limits) {
+RAPTAX_API_INLINE Band band_of(const int32_t* limits) {
   const auto limit = [](int32_t n) { return n == INT32_MAX ? Band::kUnlimited : n; };
   return {limit(limits[0]), limit(limits[1])};
 }
@@ -54,7 +55,7 @@ struct BlockKinds {
   int64_t across = 0;             // tiles in a row of tiles
   int64_t stride_b = 0, stride_h = 0;
 
-  BlockKind at(int64_t b, int64_t h, int64_t i, int64_t j) const {
+  RAPTAX_API_INLINE BlockKind at(int64_t b, int64_t h, int64_t i, int64_t j) const {
     if (data == nullptr) return kPartial;
     return static_cast<BlockKind>(data[b * stride_b + h * stride_h + i * across + j]);
   }
@@ -85,7 +86,7 @@ struct ScoreParams {
   const Program* score_program = nullptr;
   DropoutParams dropout;
 
-  int64_t first(int64_t b) const { return start[starts == 1 ? 0 : b]; }
+  RAPTAX_API_INLINE int64_t first(int64_t b) const { return start[starts == 1 ? 0 : b]; }
 };
 
 struct ForwardParams {

@@ -12,6 +12,8 @@
 
 #include <cstdint>
 
+#include "api/inline.h"
+
 namespace raptax {
 
 // clang-format off
@@ -60,7 +62,7 @@ struct Instruction {
   int32_t a, b, c;
 
   // Operands are in order. A gather's is its second word: the first names an array.
-  int operands() const {
+  RAPTAX_API_INLINE int operands() const {
     static constexpr int8_t kCount[] = {
 #define RAPTAX_COUNT(name, operands) operands,
         RAPTAX_OPERATIONS(RAPTAX_COUNT)
@@ -68,7 +70,7 @@ struct Instruction {
     };
     return kCount[static_cast<int32_t>(op)];
   }
-  int32_t operand(int n) const {
+  RAPTAX_API_INLINE int32_t operand(int n) const {
     if (op == Op::kGather) return b;
     return n == 0 ? a : n == 1 ? b : c;
   }
@@ -93,8 +95,8 @@ struct Program {
   const Captured* arrays = nullptr;
   int64_t array_count = 0;
 
-  int64_t size() const { return code_size / 4; }
-  Instruction at(int64_t n) const {
+  RAPTAX_API_INLINE int64_t size() const { return code_size / 4; }
+  RAPTAX_API_INLINE Instruction at(int64_t n) const {
     const int32_t* word = code + 4 * n;
     return {static_cast<Op>(word[0]), word[1], word[2], word[3]};
   }

@@ -6,13 +6,14 @@
 #include <cstdint>
 
 #include "api/attention_params.h"
+#include "api/inline.h"
 
 namespace raptax {
 
 // Element types of pages. The last three have a float32 scale per token and kv head.
 enum class PageType : int32_t { kF32, kBF16, kF16, kS8, kE4M3, kE5M2 };
 
-inline int64_t bytes_of(PageType stored) {
+RAPTAX_API_INLINE int64_t bytes_of(PageType stored) {
   if (stored == PageType::kF32) return 4;
   return stored == PageType::kBF16 || stored == PageType::kF16 ? 2 : 1;
 }
@@ -51,28 +52,32 @@ struct PagedParams {
   const Program* mask_program = nullptr;
   const Program* score_program = nullptr;
 
-  int64_t rows(int64_t b) const { return row_offsets[b + 1] - row_offsets[b]; }
+  RAPTAX_API_INLINE int64_t rows(int64_t b) const {
+    return row_offsets[b + 1] - row_offsets[b];
+  }
   // Keys of sequence b, the appended ones included.
-  int64_t keys(int64_t b) const { return lengths[b] + (key != nullptr ? rows(b) : 0); }
+  RAPTAX_API_INLINE int64_t keys(int64_t b) const {
+    return lengths[b] + (key != nullptr ? rows(b) : 0);
+  }
   // Absolute position of its first row.
-  int64_t first(int64_t b) const { return keys(b) - rows(b); }
+  RAPTAX_API_INLINE int64_t first(int64_t b) const { return keys(b) - rows(b); }
   // The first key that any of its rows may see.
-  int64_t first_key(int64_t b) const {
+  RAPTAX_API_INLINE int64_t first_key(int64_t b) const {
     int64_t low = first(b) - band.left;
     return low < 0 ? 0 : low;
   }
   // One past the last key that its rows up to `row` may see.
-  int64_t end_key(int64_t b, int64_t row) const {
+  RAPTAX_API_INLINE int64_t end_key(int64_t b, int64_t row) const {
     int64_t high = first(b) + row + band.right + 1;
     return high < keys(b) ? high : keys(b);
   }
   // Whether entry m of the table of sequence b names a page of the pool.
-  bool page_exists(int64_t b, int64_t m) const {
+  RAPTAX_API_INLINE bool page_exists(int64_t b, int64_t m) const {
     return table[b * M + m] >= 0 && table[b * M + m] < N;
   }
   // Where token `position` of sequence b lies, counted in tokens of the pool, for kv
   // head 0; that of head k lies k * P further.
-  int64_t place(int64_t b, int64_t position) const {
+  RAPTAX_API_INLINE int64_t place(int64_t b, int64_t position) const {
     int64_t page = table[b * M + position / P];
     return (layer * N + page) * K * P + position % P;
   }
