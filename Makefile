@@ -1,8 +1,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= 2
+SOURCES = $(wildcard csrc/*/*.* csrc/*/*/*.*)
 PYTEST = $(VENV)/bin/pytest
-NATIVE = CMakeLists.txt $(wildcard csrc/*.*) $(wildcard csrc/isa/*)
+NATIVE = CMakeLists.txt $(wildcard csrc/*/*.*)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint types quick slow bench format native native-test
@@ -25,8 +26,10 @@ test: lint types quick
 
 lint: $(VENV)/dev.stamp
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/clang-format --dry-run -Werror $(SOURCES)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/python tools/check_layers.py
+	$(VENV)/bin/python tools/check_includes.py
 	$(VENV)/bin/python tools/check_size.py
 
 types: $(VENV)/dev.stamp
@@ -46,12 +49,13 @@ bench: $(VENV)/dev.stamp
 format: $(VENV)/dev.stamp
 	$(VENV)/bin/ruff check --fix --exit-zero .
 	$(VENV)/bin/ruff format .
+	$(VENV)/bin/clang-format -i $(SOURCES)
 
 native: $(VENV)/dev.stamp
 	RAPTAX_REQUIRE_NATIVE=1 RAPTAX_WERROR=ON $(VENV)/bin/pip install --no-deps -e .
 
 # 10,000 random problems and as many batches of pages, shared out among the instruction
-# sets, under the sanitizers of addresses and of undefined behaviour; the ticket loop under
+# sets, under the sanitizers of addresses and of undefined behaviour; the work queue under
 # that of threads.
 FUZZ = $(foreach isa,generic avx2 avx512 avx512bf16 amx,RAPTAX_ISA=$(isa) \
 	build/tests/paged_fuzz 2000 && RAPTAX_ISA=$(isa) build/tests/attention_fuzz 2000 &&)
@@ -59,8 +63,8 @@ native-test: $(VENV)/dev.stamp
 	cmake -S . -B build/tests -DRAPTAX_TESTS=ON -DRAPTAX_WERROR=ON \
 		-DPython_EXECUTABLE=$(abspath $(VENV)/bin/python)
 	cmake --build build/tests --parallel $(WORKERS) \
-		--target paged_fuzz attention_fuzz parallel_test
-	build/tests/parallel_test
+		--target paged_fuzz attention_fuzz work_queue_test
+	build/tests/work_queue_test
 	$(FUZZ) true
 
 # Set up once, and again when what is installed or compiled changes.

@@ -172,7 +172,7 @@ def test_every_mod_of_the_library_is_tried():
 
 
 def test_instructions_have_the_numbers_that_c_plus_plus_gives_them():
-    header = Path(__file__).parents[1] / "csrc" / "program.h"
+    header = Path(__file__).parents[1] / "csrc" / "api" / "mod_program.h"
     listed = re.findall(r"X\(k(\w+), (\d)\)", header.read_text())
     assert {name: int(count) for name, count in listed} == mod_code.OPERANDS
     assert [name for name, _ in listed] == list(mod_code.OPERANDS)

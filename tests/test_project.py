@@ -86,6 +86,72 @@ def test_the_architecture_names_every_module():
         assert path.name == "__init__.py" or re.search(rf"\b{path.name}\b", text), path
 
 
+def test_includes_of_c_plus_plus_only_go_down():
+    result = tool("check_includes.py")
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize(
+    ("slip", "complaint"),
+    [
+        ("attention/forward.h", "of a folder above it"),
+        ("runtime/pool.h", "which is no path below"),
+        ("gemm/pack.cc", "which is compiled by itself"),
+    ],
+)
+def test_a_climbing_include_is_named(tmp_path, slip, complaint):
+    for name in ("attention/forward.h", "gemm/pack.cc", "simd/vec.h"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    planted = tmp_path / "gemm" / "gemm.h"
+    planted.write_text(f'#include <cmath>\n#include "simd/vec.h"\n#include "{slip}"\n')
+    result = tool("check_includes.py", tmp_path)
+    assert result.returncode == 1, result.stderr
+    assert result.stdout.startswith(f"{planted}:3: gemm includes {slip}, {complaint}")
+
+
+LISTING = """
+avx512.cc.o:
+0000000000000000 V DW.ref.__gxx_personality_v0
+0000000000000000 W raptax::avx512::Runner::begin(long, long)
+                 U raptax::Buffer::Buffer(unsigned long)
+0000000000000000 t raptax::avx512::forward(raptax::ForwardParams const&)
+{slip}
+scratch.cc.o:
+0000000000000000 W std::vector<int>::~vector()
+"""
+
+
+@pytest.mark.parametrize(
+    ("slip", "complaint"),
+    [
+        ("", "no weak function leaves its instruction set"),
+        (
+            "0000000000000000 W raptax::PagedParams::first(long) const",
+            "avx512.cc: raptax::PagedParams::first(long) const is a weak symbol outside "
+            "raptax::avx512",
+        ),
+        (
+            "0000000000000000 W raptax::avx2::max(long, long)",
+            "avx512.cc: raptax::avx2::max(long, long) is a weak symbol outside "
+            "raptax::avx512",
+        ),
+    ],
+)
+def test_a_weak_function_of_an_instruction_set_is_named(tmp_path, slip, complaint):
+    nm = tmp_path / "nm"
+    nm.write_text(f"#!/bin/sh\ncat <<'END'\n{LISTING.format(slip=slip)}\nEND\n")
+    nm.chmod(0o755)
+    result = tool("check_symbols.py", nm, "kernels.a")
+    assert result.stdout == complaint + "\n"
+    assert result.returncode == bool(slip)
+
+
+def test_symbols_of_nothing_are_no_success(tmp_path):
+    result = tool("check_symbols.py", "true", "kernels.a")
+    assert (result.returncode, "no object of" in result.stdout) == (1, True)
+
+
 def test_sizes_are_within_budget():
     result = tool("check_size.py")
     assert result.returncode == 0, result.stdout + result.stderr

@@ -46,9 +46,9 @@ from .symbolic import (
 class ModProgram:
     """A mod, ready to be passed to a native kernel.
 
-    ``code`` has four words to an instruction (``csrc/program.h``) and is what a kernel is
-    compiled for; ``arrays`` are operands. Two mods that do the same with arrays of the
-    same kind have the same code.
+    ``code`` has four words to an instruction (``csrc/api/mod_program.h``) and is what
+    a kernel is compiled for; ``arrays`` are operands. Two mods that do the same with
+    arrays of the same kind have the same code.
     """
 
     code: tuple[int, ...] = static()

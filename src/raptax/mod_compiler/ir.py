@@ -1,9 +1,9 @@
 """Instructions of mod programs, one value each, simplified as they are recorded.
 
 `Code` is what `compile` writes a mod's operations into. Each value is a number that
-names an instruction of ``csrc/program.h``. Values that are alike are one value, what is
-known at once is worked out at once, whole numbers carry the range they lie in, and what
-no instruction reads is left out by `Code.words`.
+names an instruction of ``csrc/api/mod_program.h``. Values that are alike are one value,
+what is known at once is worked out at once, whole numbers carry the range they lie in,
+and what no instruction reads is left out by `Code.words`.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-# The operations of csrc/program.h in its order, and how many operands each takes.
+# The operations of csrc/api/mod_program.h in its order, and how many operands each takes.
 OPERANDS = dict(
     Sequence=0, Head=0, Query=0, Key=0, Distance=0, Score=0, Constant=0, Gather=1,
     Select=3, MulAdd=3, SoftCap=3, SoftCapSlope=3, Neg=1, Abs=1, Sign=1, Floor=1,

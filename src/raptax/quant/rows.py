@@ -33,7 +33,7 @@ def quantize(
     high = jnp.abs(x).max(-1, initial=0)
     scales = high * jnp.float32(1 / largest_code(dtype))  # as XLA divides by constants
     none = ~jnp.isfinite(high) | (scales < TINY)
-    # One division a row, as csrc/stored.inl has it: the two must agree to the bit.
+    # One division a row, as in csrc/simd/page_elements.h: both must agree to the bit.
     inverse = jnp.where(none, 0, 1 / jnp.where(none, 1, scales))
     codes = jnp.where(none[..., None], 0, x * inverse[..., None])
     if jnp.dtype(dtype) == jnp.int8:

@@ -1,4 +1,4 @@
-"""Gradients of attention in C++ (csrc/backward.inl), called through XLA's FFI."""
+"""Gradients of attention in C++ (csrc/attention/backward.h), called through XLA's FFI."""
 
 from collections.abc import Sequence
 from typing import Any

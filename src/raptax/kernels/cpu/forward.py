@@ -1,6 +1,6 @@
 """Attention in C++ on CPUs, for every mask, score_mod and derivative.
 
-The forward pass is csrc/forward.inl, called through XLA's FFI. What `Causal`,
+The forward pass is csrc/attention/forward.h, called through XLA's FFI. What `Causal`,
 `SlidingWindow` and `Window` say becomes a band: two numbers, and no work for each score.
 
 Tangents are those of `blockwise`, so every derivative that it has is here as well.
@@ -38,8 +38,8 @@ from ..tiles import DiffInputs, NonDiffArrays, Tile, TiledProblem
 from .backward import native_backward
 from .library import missing_reason
 
-UNLIMITED = 2**31 - 1  # as an operand; csrc/problem.h has Band::kUnlimited
-TILE = (128, 128)  # kQueries and kKeys of csrc/forward.inl
+UNLIMITED = 2**31 - 1  # as an operand; csrc/api/attention_params.h has Band::kUnlimited
+TILE = (128, 128)  # rows and columns of a mask whose kind is told to C++; any will do
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
@@ -224,7 +224,7 @@ def _slope(score_mod: Any) -> ModProgram | None:
 
 
 class Call(NamedTuple):
-    """The static half of a call into C++; see ffi_attention.h for the names.
+    """The static half of a call into C++; see csrc/ffi/attention.h for the names.
 
     Code and how many arrays it reads, of the mask, the score_mod, its slope, and the
     score_mod after the scale. ``slope`` is None where gradients are left to blockwise,

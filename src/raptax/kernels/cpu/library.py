@@ -13,7 +13,7 @@ from jaxtyping import Array, Int32
 
 from ..._core.errors import Unsupported
 
-# The handlers of csrc/ffi*.cc: a name in C++ and in XLA.
+# The handlers of csrc/ffi/: a name in C++ and in XLA.
 HANDLERS = (
     "raptax_probe",
     "raptax_run_program",

@@ -38,7 +38,7 @@ def unsupported_reason(
 
 
 class Call(NamedTuple):
-    """The static half of a call; see ffi_paged.cc for the names."""
+    """The static half of a call; see csrc/ffi/paged.cc for the names."""
 
     mask_code: tuple[int, ...]
     mask_arrays: int

@@ -1,4 +1,0 @@
-#include "amx_here.h"
-#define RAPTAX_ISA amx
-#define RAPTAX_RUNS_HERE amx_here()
-#include "../kernels.inl"

@@ -1,3 +1,0 @@
-#define RAPTAX_ISA generic
-#define RAPTAX_RUNS_HERE true
-#include "../kernels.inl"

@@ -1,0 +1,3 @@
+#define RAPTAX_ISA generic
+#define RAPTAX_RUNS_HERE true
+#include "targets/kernels.inl"
