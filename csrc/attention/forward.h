@@ -1,5 +1,6 @@
-// The forward pass: the two loops of FlashAttention-2 (Dao 2023, arXiv:2307.08691), in
-// float32 on vector units; forward_amx.h has the AMX schedule.
+// The forward pass: the two loops of FlashAttention-2 (Dao 2023, arXiv:2307.08691) on
+// vector units; forward_amx.h has the AMX schedule. Operands are float32, or bfloat16
+// where there are dot products of them.
 //
 // A task is a tile of query rows of one head; it loops over blocks of keys. Keys and
 // values are packed once per kv head for all tasks where they fit kPackedBytes,
@@ -14,41 +15,49 @@
 #include "api/kernel_table.h"
 #include "attention/score_stage.h"
 #include "gemm/gemm_f32.h"
+#include "gemm/pack_bf16.h"
 #include "runtime/scratch.h"
 #include "runtime/thread_pool.h"
 
 namespace raptax {
 namespace RAPTAX_ISA {
 
-// Sizes, in elements, of packed arrays.
+// Sizes, in words, of packed arrays.
+template <typename Pack>
 struct PackedSizes {
   int64_t keys, values, query, out;  // of a block, of a block, of a row, of a row
 
   explicit PackedSizes(const Shape& shape)
-      : keys(kBlockKeys * shape.D),
-        values(kBlockKeys * round_up(shape.E, kLanes)),
-        query(round_up(shape.D, kLanes)),
+      : keys(kBlockKeys * Pack::words(shape.D)),
+        values(Pack::words(kBlockKeys) * round_up(shape.E, kLanes)),
+        query(Pack::query_words(shape.D)),
         out(round_up(shape.E, kLanes)) {}
 
   int64_t block() const { return keys + values; }
 };
 
+template <typename Pack>
 static void pack_block_of(const ForwardParams& f, int64_t b, int64_t kv, int64_t block,
-                          float* packed) {
+                          typename Pack::Word* packed) {
   const Shape& s = f.shape;
   int64_t row = (b * s.K + kv) * s.S + block * kBlockKeys;
   int64_t count = min(kBlockKeys, s.S - block * kBlockKeys);
-  pack_block({f.type, f.key, row * s.D, s.D}, {f.type, f.value, row * s.E, s.E}, count, packed,
-             packed + PackedSizes(s).keys);
+  pack_block<Pack>({f.type, f.key, row * s.D, s.D}, {f.type, f.value, row * s.E, s.E}, count,
+                   packed, packed + PackedSizes<Pack>(s).keys);
 }
 
-// Up to kQueries rows of one head. Its memory: see bytes().
+// Up to kQueries rows of one head. Its memory: see bytes(). Product and Pack are those of
+// one kind of words, of 4 bytes.
+template <typename Product, typename Pack>
 class Tile {
  public:
+  typedef typename Pack::Word Word;
+  static_assert(sizeof(Word) == sizeof(float), "scores become weights in place");
+
   static size_t bytes(const ForwardParams& f, int64_t rows) {
-    PackedSizes sizes(f.shape);
-    int64_t numbers = sizes.block() + rows * (sizes.query + sizes.out + kBlockKeys);
-    return numbers * sizeof(float) + ScoreStage::bytes(f.score_params);
+    PackedSizes<Pack> sizes(f.shape);
+    int64_t words = sizes.block() + rows * (sizes.query + sizes.out + kBlockKeys);
+    return words * sizeof(Word) + ScoreStage::bytes(f.score_params);
   }
 
   Tile(const ForwardParams& f, int64_t b, int64_t h, int64_t t, int64_t rows, char* memory)
@@ -59,18 +68,18 @@ class Tile {
         t_(t),
         rows_(min(rows, f.shape.T - t)),
         position_(f.score_params.first(b) + t),
-        block_(reinterpret_cast<float*>(memory)),
+        block_(reinterpret_cast<Word*>(memory)),
         query_(block_ + sizes_.block()),
-        out_(query_ + rows * sizes_.query),
+        out_(reinterpret_cast<float*>(query_ + rows * sizes_.query)),
         scores_(out_ + rows * sizes_.out),
         stage_(f.score_params, b, h, reinterpret_cast<char*>(scores_ + rows * kBlockKeys)),
         dropout_(f.score_params.dropout, b, h) {}
 
   // `packed` holds the blocks of the kv head from the one of key 0 on, or is null.
-  void run(const float* packed) {
+  void run(const Word* packed) {
     const Shape& s = f_.shape;
     int64_t row = (b_ * s.H + h_) * s.T + t_;
-    pack_queries({f_.type, f_.query, row * s.D, s.D}, rows_, query_, sizes_.query);
+    Pack::queries({f_.type, f_.query, row * s.D, s.D}, rows_, query_, sizes_.query);
     const float* sink = f_.score_params.sinks == nullptr ? nullptr : f_.score_params.sinks + h_;
     for (int64_t r = 0; r < rows_; ++r) row_state(r).begin(sink);
     for (int64_t i = 0; i < rows_ * sizes_.out; i += kLanes) store(out_ + i, F32{});
@@ -80,11 +89,11 @@ class Tile {
       BlockKind kind =
           block_kind(f_.score_params.kinds, b_, h_, t_, rows_, j * kBlockKeys, count);
       if (kind == kEmpty) continue;
-      const float* block = block_;
+      const Word* block = block_;
       if (packed != nullptr) {
         block = packed + j * sizes_.block();
       } else {
-        pack_block_of(f_, b_, h_ / (s.H / s.K), j, block_);
+        pack_block_of<Pack>(f_, b_, h_ / (s.H / s.K), j, block_);
       }
       next_ = block + sizes_.block();
       unprefetched_ = packed == nullptr || j + 1 == blocks.last ? 0 : sizes_.block();
@@ -105,7 +114,7 @@ class Tile {
     return {first.first / kPanel * kPanel, round_up(last.last, kPanel)};
   }
 
-  void process_block(int64_t first_key, int64_t count, BlockKind kind, const float* block) {
+  void process_block(int64_t first_key, int64_t count, BlockKind kind, const Word* block) {
     first_key_ = first_key;
     count_ = count;
     multiply_keys(block);
@@ -123,15 +132,16 @@ class Tile {
   }
 
   // scores = queries keys^T, panel by panel: a panel of keys stays in the L1 cache.
-  void multiply_keys(const float* keys) {
+  void multiply_keys(const Word* keys) {
+    int64_t words = Pack::words(f_.shape.D);
     for (int64_t j = 0; j < count_; j += kPanel) {
       for (int64_t r = 0; r < rows_; r += kMicroRows) {
         int64_t rows = min(kMicroRows, rows_ - r);
         Columns whole = panels(r, rows);
         if (j < whole.first || j >= whole.last) continue;
         prefetch_next(sizes_.block() / 64);
-        gemm(rows, kPanel, query_ + r * sizes_.query, sizes_.query, keys + j * f_.shape.D,
-             f_.shape.D, scores_ + r * kBlockKeys + j, kBlockKeys, false);
+        gemm<Product>(rows, kPanel, query_ + r * sizes_.query, sizes_.query, keys + j * words,
+                      words, scores_ + r * kBlockKeys + j, kBlockKeys, false);
       }
     }
   }
@@ -159,19 +169,21 @@ class Tile {
     if (f_.score_params.dropout.words != nullptr) {
       dropout_.apply(position, first_key_, scores, whole);
     }
+    Pack::weights(scores, whole.first, whole.last);
   }
 
-  void multiply_values(const float* values) {
+  void multiply_values(const Word* values) {
+    const Word* weights = reinterpret_cast<const Word*>(scores_);
     for (int64_t e = 0; e < sizes_.out; e += kPanel) {
       int64_t width = min(kPanel, sizes_.out - e);
-      const float* panel = values + e * kBlockKeys;
+      const Word* panel = values + e * Pack::words(kBlockKeys);
       for (int64_t r = 0; r < rows_; r += kMicroRows) {
         int64_t rows = min(kMicroRows, rows_ - r);
         Columns whole = panels(r, rows);
         if (whole.empty()) continue;
-        gemm(rows, width, scores_ + r * kBlockKeys + whole.first, kBlockKeys,
-             panel + whole.first * width, whole.last - whole.first, out_ + r * sizes_.out + e,
-             sizes_.out, true);
+        int64_t from = Pack::words(whole.first), words = Pack::words(whole.last) - from;
+        gemm<Product>(rows, width, weights + r * kBlockKeys + from, kBlockKeys,
+                      panel + from * width, words, out_ + r * sizes_.out + e, sizes_.out, true);
       }
     }
   }
@@ -190,24 +202,26 @@ class Tile {
   }
 
   const ForwardParams& f_;
-  PackedSizes sizes_;
+  PackedSizes<Pack> sizes_;
   int64_t b_, h_, t_, rows_, position_, first_key_ = 0, count_ = 0;
-  float *block_, *query_, *out_, *scores_;
+  Word *block_, *query_;
+  float *out_, *scores_;
   ScoreStage stage_;
   Dropout dropout_;
-  const float* next_ = nullptr;  // the part of the next block not prefetched yet
+  const Word* next_ = nullptr;  // the part of the next block not prefetched yet
   int64_t unprefetched_ = 0;
   float row_max_[kTaskQueries];
   alignas(64) float row_sum_[kTaskQueries * kLanes];
 };
 
 // A policy: how operands are packed, and which tile class computes the output.
-struct F32Gemm {
-  typedef float Packed;
-  typedef Tile TileType;
+template <typename Product, typename Pack>
+struct VectorGemm {
+  typedef typename Pack::Word Packed;
+  typedef Tile<Product, Pack> TileType;
   static int64_t task_rows(const ForwardParams&, int64_t, int) { return kTaskQueries; }
-  static int64_t block(const Shape& shape) { return PackedSizes(shape).block(); }
-  static constexpr auto pack = pack_block_of;
+  static int64_t block(const Shape& shape) { return PackedSizes<Pack>(shape).block(); }
+  static constexpr auto pack = pack_block_of<Pack>;
 };
 
 #if defined(__AMX_BF16__)
@@ -281,7 +295,10 @@ static void forward(const ForwardParams& f, const ThreadPool& threads) {
     if (worth_parts(f.shape)) return forward_with<AmxGemm<3>>(f, threads);
   }
 #endif
-  forward_with<F32Gemm>(f, threads);
+#if defined(__AVX512BF16__)
+  if (f.type == Type::kBF16) return forward_with<VectorGemm<Bf16Product, Bf16Pack>>(f, threads);
+#endif
+  forward_with<VectorGemm<F32Product, F32Pack>>(f, threads);
 }
 
 }  // namespace RAPTAX_ISA

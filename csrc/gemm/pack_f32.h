@@ -35,81 +35,94 @@ struct Source {
   }
 };
 
-// Returns whether all elements are finite.
-static bool pack_keys(const Source& keys, int64_t count, float* packed) {
-  F32 zero = F32{};
-  for (int64_t s = 0; s < round_up(count, kPanel); s += kLanes) {
-    float* panel = packed + s / kPanel * kPanel * keys.size + s % kPanel;
-    for (int64_t d = 0; d < keys.size; d += kLanes) {
-      F32 x[kLanes];
-      for (int i = 0; i < kLanes; ++i) {
-        x[i] = s + i < count ? keys.load(s + i, d) : F32{};
-        zero += x[i] * 0.0f;
-      }
-      transpose(x);
-      int64_t rows = min(kLanes, keys.size - d);
-      for (int64_t i = 0; i < rows; ++i) store(panel + (d + i) * kPanel, x[i]);
-    }
-  }
-  return reduce_add(zero) == 0;
-}
+// Packs float32 numbers, one to a word.
+struct F32Pack {
+  typedef float Word;
 
-static bool pack_values(const Source& values, int64_t count, float* packed) {
-  F32 zero = F32{};
-  int64_t columns = round_up(values.size, kLanes);
-  for (int64_t c = 0; c < columns; c += kPanel) {
-    float* panel = packed + c * kBlockKeys;
-    int64_t width = min(kPanel, columns - c);
-    for (int64_t s = 0; s < round_up(count, kPanel); ++s) {
-      for (int64_t i = 0; i < width; i += kLanes) {
-        F32 x = s < count ? values.load(s, c + i) : F32{};
+  static int64_t words(int64_t numbers) { return numbers; }
+  static int64_t query_words(int64_t D) { return round_up(D, kLanes); }
+
+  // Returns whether all elements are finite.
+  static bool keys(const Source& rows, int64_t count, float* packed) {
+    F32 zero = F32{};
+    for (int64_t s = 0; s < round_up(count, kPanel); s += kLanes) {
+      float* panel = packed + s / kPanel * kPanel * rows.size + s % kPanel;
+      for (int64_t d = 0; d < rows.size; d += kLanes) {
+        F32 x[kLanes];
+        for (int i = 0; i < kLanes; ++i) {
+          x[i] = s + i < count ? rows.load(s + i, d) : F32{};
+          zero += x[i] * 0.0f;
+        }
+        transpose(x);
+        int64_t used = min(kLanes, rows.size - d);
+        for (int64_t i = 0; i < used; ++i) store(panel + (d + i) * kPanel, x[i]);
+      }
+    }
+    return reduce_add(zero) == 0;
+  }
+
+  static bool values(const Source& rows, int64_t count, float* packed) {
+    F32 zero = F32{};
+    int64_t columns = round_up(rows.size, kLanes);
+    for (int64_t c = 0; c < columns; c += kPanel) {
+      float* panel = packed + c * kBlockKeys;
+      int64_t width = min(kPanel, columns - c);
+      for (int64_t s = 0; s < round_up(count, kPanel); ++s) {
+        for (int64_t i = 0; i < width; i += kLanes) {
+          F32 x = s < count ? rows.load(s, c + i) : F32{};
+          zero += x * 0.0f;
+          store(panel + s * width + i, x);
+        }
+      }
+    }
+    return reduce_add(zero) == 0;
+  }
+
+  // Addresses of single elements of packed keys and values.
+  static float* key_entry(float* packed, int64_t size, int64_t s, int64_t d) {
+    return packed + s / kPanel * kPanel * size + d * kPanel + s % kPanel;
+  }
+  static float* value_entry(float* packed, int64_t size, int64_t s, int64_t e) {
+    int64_t panel = e / kPanel * kPanel;
+    int64_t width = min(kPanel, round_up(size, kLanes) - panel);
+    return packed + panel * kBlockKeys + s * width + e % kPanel;
+  }
+  static float nan() { return __builtin_nanf(""); }
+
+  // Packs query rows, zero-padded to `stride`. A row that is not finite becomes NaN
+  // throughout, as its scores are.
+  static void queries(const Source& rows, int64_t count, float* packed, int64_t stride) {
+    for (int64_t t = 0; t < count; ++t) {
+      F32 zero = F32{};
+      for (int64_t d = 0; d < stride; d += kLanes) {
+        F32 x = rows.load(t, d);
         zero += x * 0.0f;
-        store(panel + s * width + i, x);
+        store(packed + t * stride + d, x);
       }
+      if (reduce_add(zero) == 0) continue;
+      for (int64_t d = 0; d < stride; ++d) packed[t * stride + d] = __builtin_nanf("");
     }
   }
-  return reduce_add(zero) == 0;
-}
 
-// Addresses of single elements of packed keys and values.
-static inline float* key_entry(float* packed, int64_t size, int64_t s, int64_t d) {
-  return packed + s / kPanel * kPanel * size + d * kPanel + s % kPanel;
-}
-static inline float* value_entry(float* packed, int64_t size, int64_t s, int64_t e) {
-  int64_t panel = e / kPanel * kPanel;
-  int64_t width = min(kPanel, round_up(size, kLanes) - panel);
-  return packed + panel * kBlockKeys + s * width + e % kPanel;
-}
+  // Weights of a row, which are multiplied as they are.
+  static Word* weights(float* scores, int64_t, int64_t) { return scores; }
+};
 
+template <typename Pack>
 static void pack_block(const Source& keys, const Source& values, int64_t count,
-                       float* packed_keys, float* packed_values) {
-  bool all_finite = pack_keys(keys, count, packed_keys);
-  all_finite &= pack_values(values, count, packed_values);
+                       typename Pack::Word* packed_keys, typename Pack::Word* packed_values) {
+  bool all_finite = Pack::keys(keys, count, packed_keys);
+  all_finite &= Pack::values(values, count, packed_values);
   if (all_finite) return;
   for (int64_t s = 0; s < count; ++s) {
     bool finite_value = values.finite(s);
     for (int64_t e = 0; e < values.size && !finite_value; ++e) {
-      *value_entry(packed_values, values.size, s, e) = 0;
+      *Pack::value_entry(packed_values, values.size, s, e) = 0;
     }
     if (finite_value && keys.finite(s)) continue;
     for (int64_t d = 0; d < keys.size; ++d) {
-      *key_entry(packed_keys, keys.size, s, d) = __builtin_nanf("");
+      *Pack::key_entry(packed_keys, keys.size, s, d) = Pack::nan();
     }
-  }
-}
-
-// Packs query rows, zero-padded to `stride`. A row that is not finite becomes NaN
-// throughout, as its scores are.
-static void pack_queries(const Source& queries, int64_t count, float* packed, int64_t stride) {
-  for (int64_t t = 0; t < count; ++t) {
-    F32 zero = F32{};
-    for (int64_t d = 0; d < stride; d += kLanes) {
-      F32 x = queries.load(t, d);
-      zero += x * 0.0f;
-      store(packed + t * stride + d, x);
-    }
-    if (reduce_add(zero) == 0) continue;
-    for (int64_t d = 0; d < stride; ++d) packed[t * stride + d] = __builtin_nanf("");
   }
 }
 
