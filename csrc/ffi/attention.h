@@ -17,7 +17,7 @@ struct Operands {
   ffi::AnyBuffer value;           // (B, K, S, E)
   ffi::Buffer<ffi::S32> start;    // (1) or (B)
   ffi::Buffer<ffi::S32> band;     // (2): left, right; INT32_MAX is no limit
-  ffi::Buffer<ffi::F32> factors;  // (2): scale of the products, rate of dropout
+  ffi::Buffer<ffi::F32> factors;  // scale of the products; rate of dropout, if any
   ffi::Buffer<ffi::S8> kinds;     // (#B, #H, tiles of queries, tiles of keys)
   ffi::Buffer<ffi::PRED> mask;    // (#B, #H, #T, #S)
   ffi::Buffer<ffi::F32> bias;     // (#B, #H, #T, #S)

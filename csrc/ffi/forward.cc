@@ -92,8 +92,10 @@ ffi::Error read(const Operands& x, const ffi::Dictionary& attributes, ForwardPar
   RAPTAX_RETURN_IF_ERROR(read_arrays(x, to));
   const Shape& s = to->shape;
   ScoreParams& score_params = to->score_params;
-  if (!has_shape(x.band, {2}) || !has_shape(x.factors, {2})) {
-    return invalid_argument("there are two limits of the band, and two factors");
+  bool drops = x.words.element_count() != 0;
+  if (!has_shape(x.band, {2}) || !has_shape(x.factors, {drops ? 2 : 1})) {
+    return invalid_argument(
+        "there are two limits of the band, a scale and, with dropout, a rate");
   }
   score_params.band = band_of(x.band.typed_data());
   score_params.scale = x.factors.typed_data()[0];
@@ -110,7 +112,7 @@ ffi::Error read(const Operands& x, const ffi::Dictionary& attributes, ForwardPar
       return invalid_argument("there is one sink for each query head");
     score_params.sinks = x.sinks.typed_data();
   }
-  if (x.words.element_count() != 0) {
+  if (drops) {
     score_params.dropout.words = x.words.typed_data();
     score_params.dropout.count = static_cast<int64_t>(x.words.element_count());
     score_params.dropout.rate = x.factors.typed_data()[1];

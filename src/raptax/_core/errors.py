@@ -1,5 +1,6 @@
 """Checks of shapes, dtypes and arguments; each error is one sentence."""
 
+import functools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -30,6 +31,15 @@ def check_groups(query_heads: int, kv_heads: int) -> None:
 
 def check_qkv(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
     """Raises ValueError unless q, k and v fit together as ``(B, H, T, D)`` arrays."""
+    dtypes = query.dtype, key.dtype, value.dtype
+    _check_shapes(query.shape, key.shape, value.shape, *dtypes)
+
+
+@functools.lru_cache(maxsize=1024)  # eager calls mostly repeat
+def _check_shapes(*shapes_and_dtypes: Any) -> None:
+    query, key, value = map(
+        jax.ShapeDtypeStruct, shapes_and_dtypes[:3], shapes_and_dtypes[3:]
+    )
     for name, array in (("query", query), ("key", key), ("value", value)):
         if array.ndim != 4:
             raise ValueError(

@@ -105,6 +105,8 @@ def traced_mods(
 
     ``start`` is the position of the first query, one or one for each sequence.
     """
+    if mask_mod is None and score_mod is None:
+        return None, None
     mask_mod, score_mod = as_mod(mask_mod), as_mod(score_mod)
     if not (has_functions(mask_mod) or has_functions(score_mod)):
         return mask_mod, score_mod

@@ -67,6 +67,8 @@ def mods_unsupported_reason(mask_mod: Any, score_mod: Any) -> str | None:
     Decided once for all mods of the same structure, with arrays of the same shapes. A
     plain function is decided where it is traced; see `mods.functions`.
     """
+    if mask_mod is None and score_mod is None:
+        return None
     leaves, structure = jax.tree.flatten((mask_mod, score_mod))
     avals = tuple(jax.typeof(x) for x in leaves)
     like = tuple((x.shape, x.dtype, x.weak_type) for x in avals)
@@ -188,7 +190,9 @@ def _nearer(a: Limit, b: Limit) -> Limit:
 
 
 def band_operand(left: Limit, right: Limit) -> Int[Array, "2"]:
-    """Both limits as C++ reads them."""
+    """Both limits as C++ reads them; a constant where they are known."""
+    if isinstance(left, int) and isinstance(right, int):
+        return jnp.asarray(np.array([left, right], np.int32))
     return jnp.stack([jnp.asarray(n, jnp.int32).reshape(()) for n in (left, right)])
 
 
@@ -253,7 +257,9 @@ class Operands(NamedTuple):
 
     start: Int[Array, " #B"]
     band: Int[Array, "2"]
-    factors: Float[Array, "2"]  # of scores before the bias; the rate of dropout
+    factors: Float[
+        Array, " n"
+    ]  # of scores before the bias; the rate of dropout, if any
     kinds: Int[Array, "#B #H QT KT"] | None
     mask: Bool[Array, "#B #H #T #S"] | None
     bias: Float[Array, "#B #H #T #S"] | None
@@ -322,7 +328,7 @@ def forward(
     score, arrays = call.score, lookup.score
     if call.scaled is not None:
         score, arrays = call.scaled, lookup.scaled
-        operands = operands._replace(factors=operands.factors.at[0].set(1))
+        operands = operands._replace(factors=_factors(None, fixed.dropout))
     run = jax.ffi.ffi_call("raptax_forward", results, vmap_method="sequential")
     given = same_manual_axes(
         [query, key, value, *operands.filled(query), *lookup.mask, *arrays]
@@ -379,21 +385,30 @@ def _folds(call: Call, fixed: NonDiffArrays, lookup: Lookup, inputs: DiffInputs)
 
 
 def _operands(fixed: NonDiffArrays, lookup: Lookup, inputs: DiffInputs) -> Operands:
-    scale, dropout = fixed.scale, fixed.dropout
-    factors = [
-        jnp.float32(1) if scale is None else scale,
-        jnp.float32(0) if dropout is None else dropout.rate,
-    ]
+    dropout = fixed.dropout
     return Operands(
         fixed.start,
         lookup.band,
-        jnp.stack([jnp.asarray(x, jnp.float32) for x in factors]),
+        _factors(fixed.scale, dropout),
         lookup.kinds,
         fixed.mask,
         inputs.bias,
         inputs.sinks,
         None if dropout is None else dropout.words,
     )
+
+
+def _factors(scale: jax.Array | None, dropout: Any) -> jax.Array:
+    """The scale, and the rate of dropout if there is any.
+
+    A small program for each operand is a large part of a call that decodes one token:
+    what is one number stays one.
+    """
+    one = jnp.asarray(np.ones(1, np.float32)) if scale is None else scale.reshape(1)
+    if dropout is None:
+        return one.astype(jnp.float32)
+    rate = jnp.asarray(dropout.rate, jnp.float32).reshape(1)
+    return jnp.concatenate([one.astype(jnp.float32), rate])
 
 
 def _tangent(
