@@ -352,7 +352,9 @@ def test_in_a_process(path, cache):
 
 def test_unknown_weights(path, unchecked):
     said = refused(raptax("generate", PROMPT, "--weights", "int8", "--model", path))
-    assert said == "weights='int8' is not one of 'blocks', 'codes', 'float32'."
+    assert (
+        said == "weights='int8' is not one of 'packed', 'blocks', 'codes', 'float32'."
+    )
 
 
 def test_what_is_no_number_is_told_by_its_option(path):

@@ -409,7 +409,9 @@ def test_bad_models_say_why(tmp_path, change, sentence):
 
 def test_unknown_weights(tmp_path, unchecked):
     path = tiny.write(tmp_path / "tiny.gguf")
-    with pytest.raises(ValueError, match="'int8' is not one of 'blocks', 'codes'"):
+    with pytest.raises(
+        ValueError, match="'int8' is not one of 'packed', 'blocks', 'codes'"
+    ):
         decoder_of(path, "int8")
 
 

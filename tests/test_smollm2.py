@@ -111,16 +111,15 @@ def test_likelihoods_of_a_long_text(model):
     assert_same_losses(in_one_pass(model.decoder, 2048))
 
 
-@pytest.mark.slow
-def test_likelihoods_of_a_long_text_in_chunks(model):
-    length, chunk = 2048, 300
-    params = model.decoder.config.kv_params(jnp.float32)
+def in_chunks(decoder, dtype, length=2048, chunk=300):
+    """Through pages of ``dtype``."""
+    params = decoder.config.kv_params(dtype)
     pages = length // params.page_size
     table = np.random.default_rng(0).permutation(pages + 3)[:pages].tolist()
     cache = PagedKVCache.create(
         params, pages=pages + 3, sequences=1, max_pages=pages
     ).with_tables([table], [0])
-    graph, state = nnx.split(model.decoder)
+    graph, state = nnx.split(decoder)
     ids = np.array(TEXT["ids"])
     found = []
     for start in range(0, length, chunk):
@@ -132,11 +131,31 @@ def test_likelihoods_of_a_long_text_in_chunks(model):
         offsets = jnp.asarray([0, count], jnp.int32)  # the last chunk is not full
         new, cache = losses(graph, state, tokens, targets, cache, offsets)
         found.append(new[:count])
-    assert_same_losses(np.concatenate(found, dtype=np.float64)[:-1])
+    return np.concatenate(found, dtype=np.float64)[:-1]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("weights", ["blocks", "float32"])
+def test_likelihoods_of_a_long_text_in_chunks(model):
+    assert_same_losses(in_chunks(model.decoder, jnp.float32))
+
+
+@pytest.mark.slow
+def test_rounding_costs_half_a_percent_of_perplexity_at_most(model, smollm2_path):
+    """Inputs of products as int8, keys and values as float16 or int8, against neither."""
+    exact = np.exp(in_chunks(model.decoder, jnp.float32).mean())
+    rounded = load(smollm2_path, precision="int8").decoder
+    found = {
+        "int8 inputs": in_chunks(rounded, jnp.float32),
+        "int8 inputs, float16 pages": in_chunks(rounded, rounded.kv_dtype),
+        "int8 pages": in_chunks(model.decoder, jnp.int8),
+    }
+    costs = {name: np.exp(loss.mean()) / exact - 1 for name, loss in found.items()}
+    print(f"perplexity {exact:.4f}", {name: f"{x:+.3%}" for name, x in costs.items()})
+    assert all(abs(cost) < 0.005 for cost in costs.values()), costs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("weights", ["codes", "blocks", "float32"])
 def test_other_forms_of_weights_write_the_same_text(smollm2_path, weights):
     decoder = load(smollm2_path, weights=weights).decoder
     for known in GREEDY:

@@ -14,7 +14,7 @@ FOLDERS = [
     ["runtime"],
     ["simd"],
     ["gemm"],
-    ["attention"],
+    ["attention", "linear"],
     ["targets", "ffi"],
     ["tests"],
 ]

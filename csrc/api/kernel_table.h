@@ -2,6 +2,7 @@
 #pragma once
 
 #include "api/attention_params.h"
+#include "api/packed_linear_params.h"
 #include "api/paged_params.h"
 
 namespace raptax {
@@ -16,6 +17,7 @@ struct Kernels {
   // Returns -1; or, with nothing written, the flat index of a table entry whose page is
   // missing and needed: the mask program lets a query read one of its keys.
   int64_t (*paged)(const PagedParams&, const ThreadPool&);
+  void (*packed_linear)(const PackedLinearParams&, const ThreadPool&);
   void (*run_program)(const ProgramRun&);  // for tests of mod programs
 };
 

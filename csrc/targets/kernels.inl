@@ -8,6 +8,7 @@
 #include "attention/forward.h"
 #include "attention/mod_run.h"
 #include "attention/paged.h"
+#include "linear/packed_linear.h"
 
 namespace raptax {
 namespace RAPTAX_ISA {
@@ -22,6 +23,7 @@ const Kernels kernels = {
     forward,
     backward,
     pages::paged,
+    packed_linear,
     run_program,
 };
 

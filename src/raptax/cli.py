@@ -10,7 +10,7 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator
 from importlib.metadata import version
-from typing import Annotated
+from typing import Annotated, cast
 
 import jax
 import typer
@@ -21,9 +21,10 @@ from . import info as versions
 from .generate import Sampler, generate_ids, text_of, until
 from .generate.loop import check_numbers
 from .generate.prompt import checked_stops
+from .kernels.cpu.packed_linear import Precision
 from .models import LanguageModel, load
 from .models import fetch as fetch_model
-from .models.families import Weights, check_weights
+from .models.families import Weights, weights_for
 from .models.hub import cache_path
 
 app = typer.Typer(
@@ -114,7 +115,7 @@ def _common(
 ) -> None: ...
 
 
-def _load(model: str, weights: Weights) -> LanguageModel:
+def _load(model: str, weights: Weights, precision: Precision) -> LanguageModel:
     told = TextColumn("{task.description}", markup=False)  # a path may hold brackets
     columns = told, BarColumn(), DownloadColumn()
     shown = _err.is_terminal  # elsewhere it would leave an empty line
@@ -127,6 +128,7 @@ def _load(model: str, weights: Weights) -> LanguageModel:
         return load(
             model,
             weights=weights,
+            precision=precision,
             progress=lambda done, total: bars.update(bar, completed=done, total=total),
         )
 
@@ -169,8 +171,11 @@ def generate(
         list[str] | None, typer.Option(help="End before this text; may be repeated.")
     ] = None,
     weights: Annotated[
-        str, typer.Option(help="In memory: blocks, codes or float32.")
-    ] = "codes",
+        str | None, typer.Option(help="In memory: packed, codes, blocks or float32.")
+    ] = None,
+    precision: Annotated[
+        str, typer.Option(help="Of what packed weights multiply: float32 or int8.")
+    ] = "float32",
 ) -> None:
     """Continue PROMPT with a model, streaming to the terminal."""
     with _one_sentence():
@@ -184,13 +189,13 @@ def generate(
         )
         stops, text = checked_stops(stop or []), _text_of(prompt)
         check_numbers(max_tokens, seed or 0)
-        check_weights(weights)
+        form = weights_for(weights, precision)
         if seed is None:
             seed = secrets.randbits(32)
             if sampler.temperature is not None:
                 _err.print(f"seed {seed}", style="dim", highlight=False)
         _keep_compiled_programs()
-        loaded = _load(model, weights)  # type: ignore[arg-type]
+        loaded = _load(model, form, cast(Precision, precision))
         chat = chat or system is not None
         ids = _ids_of(loaded, text, chat, system)
         timed = _Timed(

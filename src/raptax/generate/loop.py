@@ -135,7 +135,7 @@ class _Run:
     stop: frozenset[int]
 
     def __post_init__(self) -> None:
-        params = self.decoder.config.kv_params(jnp.float32)
+        params = self.decoder.config.kv_params(self.decoder.kv_dtype)
         needed = len(self.prompt) + self.max_tokens
         pages = _power_of_two(-(-needed // params.page_size))
         self.graph, self.state = nnx.split(self.decoder)

@@ -17,6 +17,7 @@ from ..mods import Causal, SlidingWindow
 from ..nn.attention import AbstractAttention
 from ..nn.linear import Projection
 from ..nn.norm import RMSNorm
+from ..nn.packed_linear import LayerNumber, Stacked
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,13 +72,21 @@ class DecoderConfig:
 
 
 class GatedMLP(nnx.Module):
-    """``down(silu(gate(x)) * up(x))``. Shazeer 2020, arXiv:2002.05202 (SwiGLU)."""
+    """``down(silu(gate(x)) * up(x))``. Shazeer 2020, arXiv:2002.05202 (SwiGLU).
 
-    def __init__(self, gate: Projection, up: Projection, down: Projection):
-        self.gate, self.up, self.down = gate, up, down
+    Args:
+        up: None where ``gate`` makes both, first the gate's outputs, then those of up.
+    """
+
+    def __init__(self, gate: Projection, up: Projection | None, down: Projection):
+        self.gate, self.up, self.down = gate, nnx.data(up), down
 
     def __call__(self, x: Float[Array, "*rows C"]) -> Float[Array, "*rows C"]:
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+        if self.up is None:
+            gate, up = jnp.split(self.gate(x), 2, axis=-1)
+        else:
+            gate, up = self.gate(x), self.up(x)
+        return self.down(jax.nn.silu(gate) * up)
 
 
 class DecoderLayer(nnx.Module):
@@ -102,36 +111,45 @@ class DecoderLayer(nnx.Module):
 class LayerStack(nnx.Module):
     """Layers of one structure, run by one loop, so that each compiles once.
 
-    Their arrays are stacked on a new first axis. On a CPU the loop is as fast as layers
-    written out one after another, compiles L times faster, and a chunk of prompt
-    unpacks the weights of one layer at a time.
+    Their arrays are stacked on a new first axis, packed weights on the one that they
+    have. On a CPU the loop is as fast as layers written out one after another, compiles
+    L times faster, and a chunk of prompt unpacks the weights of one layer at a time.
     """
 
     def __init__(self, layers: Sequence[DecoderLayer]):
-        graph, state = nnx.split(layers[0])
-        states = [state]
+        graph, *first = nnx.split(layers[0], *_KINDS)
+        states = [first]
         for number, layer in enumerate(layers[1:], 1):
-            other, state = nnx.split(layer)
+            other, *state = nnx.split(layer, *_KINDS)
             if other != graph:
                 raise ValueError(
                     f"layer {number} is not built as layer 0 is; such layers go into "
                     "stacks of their own."
                 )
             states.append(state)
-        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
-        self.layer = nnx.merge(graph, stacked)
+        whole, numbers, rest = zip(*states, strict=True)
+        whole = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *whole)
+        count = jnp.arange(len(states), dtype=jnp.int32)
+        numbers = jax.tree.map(lambda _: count, numbers[0])
+        rest = jax.tree.map(lambda *leaves: jnp.stack(leaves), *rest)
+        self.layer = nnx.merge(graph, whole, numbers, rest)
         self.size = len(states)
 
     def __call__(self, x, cache, first, **options):
         """Runs the layers; they use layers ``first, first + 1, ...`` of the cache."""
-        graph, state = nnx.split(self.layer)
+        graph, whole, *states = nnx.split(self.layer, *_KINDS)
 
         def step(carry, layer):
-            number, state = layer
-            return nnx.merge(graph, state)(*carry, layer=number, **options), None
+            number, states = layer
+            merged = nnx.merge(graph, whole, *states)
+            return merged(*carry, layer=number, **options), None
 
         numbers = first + jnp.arange(self.size, dtype=jnp.int32)
-        return jax.lax.scan(step, (x, cache), (numbers, state))[0]
+        return jax.lax.scan(step, (x, cache), (numbers, states))[0]
+
+
+# What `LayerStack` hands to its layers whole, what it counts, and what it stacks.
+_KINDS = Stacked, LayerNumber, ...
 
 
 def stacked(layers: Sequence[DecoderLayer]) -> list[LayerStack]:
@@ -148,6 +166,7 @@ class Decoder(nnx.Module):
         stacks: The layers, neighbours of one structure together.
         norm: Before the logits.
         head: A projection to logits; ``embed`` itself when the two are tied.
+        kv_dtype: Of the keys and values that generation keeps.
     """
 
     def __init__(
@@ -157,8 +176,10 @@ class Decoder(nnx.Module):
         layers: Sequence[DecoderLayer],
         norm: RMSNorm,
         head: Projection | None = None,
+        *,
+        kv_dtype: DTypeLike = jnp.float32,
     ):
-        self.config = config
+        self.config, self.kv_dtype = config, jnp.dtype(kv_dtype)
         self.embed, self.norm = embed, norm
         self.stacks = nnx.List(stacked(layers))
         self.head = nnx.data(head)

@@ -9,20 +9,32 @@ is refused by name. Fields and tensors mean what llama.cpp takes them for
 import dataclasses
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from .._core.errors import choices
 from ..io.fields import REQUIRED, Fields, errors_of
 from ..io.gguf import GGUFFile
 from ..io.tensors import Matrix, Tensors, Vector
+from ..kernels.cpu.library import available
+from ..kernels.cpu.packed_linear import Precision
 from ..nn.attention import AttentionAround
-from ..nn.linear import CodesLinear, GGUFLinear, Linear, Projection, SeparateQKV
+from ..nn.linear import (
+    CodesLinear,
+    GGUFLinear,
+    Linear,
+    Projection,
+    SeparateQKV,
+    StackedQKV,
+)
 from ..nn.norm import RMSNorm
+from ..nn.packed_linear import PackedLinear
 from ..quant import gguf
+from ..quant.packed import pack
 from ..rope import (
     Frequencies,
     RotaryEmbedding,
@@ -33,9 +45,10 @@ from ..rope import (
 )
 from .decoder import Decoder, DecoderConfig, DecoderLayer, GatedMLP
 
-Weights = Literal["blocks", "codes", "float32"]
-"""How weights lie in memory: packed as in the file; one byte a number and a scale per
-group of them; or unpacked. The numbers are the same, only speed and memory differ."""
+Weights = Literal["packed", "blocks", "codes", "float32"]
+"""How weights lie in memory: as the CPU's kernels read them; packed as in the file; one
+byte a number and a scale per group of them; or unpacked. The numbers are the same, only
+speed and memory differ."""
 
 ARCHITECTURES = ("llama",)
 
@@ -97,14 +110,20 @@ def config_from_gguf(file: GGUFFile) -> DecoderConfig:
 
 def decoder_from_gguf(
     file: GGUFFile,
-    weights: Weights = "codes",
+    weights: Weights | None = None,
     progress: Callable[[int], None] | None = None,
+    *,
+    precision: Precision = "float32",
+    kv_dtype: DTypeLike | None = None,
 ) -> Decoder:
     """The decoder of a file.
 
     Args:
         file: An open GGUF file.
-        weights: How they lie in memory; see `Weights`.
+        weights: How they lie in memory; see `Weights`. By default packed where the C++
+            kernels are there to read them, else codes.
+        precision: What inputs of packed weights are rounded to; see
+            `kernels.cpu.packed_linear`.
         progress: Called with the bytes of each tensor when it has been read.
 
     Raises:
@@ -112,7 +131,7 @@ def decoder_from_gguf(
             an encoding that raptax does not read; or the file has a tensor or a field
             whose meaning is unknown here. All of it before any weight is read.
     """
-    check_weights(weights)
+    weights = weights_for(weights, precision)
     with errors_of(file.path):
         fields, tensors = _fields(file), Tensors(file)
         config = _config(file, fields)
@@ -120,7 +139,7 @@ def decoder_from_gguf(
         rope = _rope(fields, config, plan.rope_divisors)
         fields.refuse_the_rest()
         tensors.refuse_the_rest()
-    build = _Builder(config, weights, progress or (lambda _: None))
+    build = _Builder(config, weights, precision, progress or (lambda _: None))
     if plan.rope_divisors is not None:
         build.progress(plan.rope_divisors.bytes)
     projections = {name: build.projections(m) for name, m in plan.projections.items()}
@@ -133,15 +152,31 @@ def decoder_from_gguf(
         ],
         norm=build.norms([plan.norm])[0],
         head=None if plan.head is None else build.projections([plan.head])[0],
+        kv_dtype=kv_dtype or (jnp.float16 if precision == "int8" else jnp.float32),
     )
 
 
-def check_weights(weights: str) -> None:
-    """Raises ValueError unless this is one of `Weights`."""
+def weights_for(weights: str | None, precision: str) -> Weights:
+    """One of `Weights`, the default for None.
+
+    Raises:
+        ValueError: There is none of that name, or none with that precision.
+    """
+    if weights is None:
+        weights = "packed" if available() else "codes"
     if weights not in get_args(Weights):
         raise ValueError(
             f"weights={weights!r} is not one of {choices(get_args(Weights))}."
         )
+    if precision not in get_args(Precision):
+        raise ValueError(
+            f"precision={precision!r} is not one of {choices(get_args(Precision))}."
+        )
+    if precision != "float32" and weights != "packed":
+        raise ValueError(
+            f"precision={precision!r} needs weights='packed', not {weights!r}."
+        )
+    return cast(Weights, weights)
 
 
 # Fields
@@ -341,13 +376,27 @@ def _layer(
     made: dict[str, Projection],
     norms: tuple[RMSNorm, RMSNorm],
 ) -> DecoderLayer:
-    qkv = SeparateQKV(made["attn_q"], made["attn_k"], made["attn_v"])
+    q, k, v = (made[f"attn_{name}"] for name in "qkv")
+    gate, up = made["ffn_gate"], made["ffn_up"]
+    qkv: SeparateQKV | StackedQKV = SeparateQKV(q, k, v)
+    mlp = GatedMLP(gate, up, made["ffn_down"])
+    if packed := _all_packed(q, k, v):
+        sizes = q.out_features, k.out_features, v.out_features
+        qkv = StackedQKV(PackedLinear.joined(packed), sizes)
+    if packed := _all_packed(gate, up):
+        mlp = GatedMLP(PackedLinear.joined(packed), None, made["ffn_down"])
     out, head_size = made["attn_output"], config.head_dim
     attention = AttentionAround(qkv, out, head_size, None, rope)
-    mlp = GatedMLP(made["ffn_gate"], made["ffn_up"], made["ffn_down"])
     return DecoderLayer(norms[0], attention, norms[1], mlp)
 
 
+def _all_packed(*projections: Projection) -> list[PackedLinear]:
+    """The projections, if all of them are packed."""
+    packed = [p for p in projections if isinstance(p, PackedLinear)]
+    return packed if len(packed) == len(projections) else []
+
+
+_pack = jax.jit(pack, static_argnums=1)
 _unpack = jax.jit(gguf.unpack, static_argnums=1)
 _dequantize = jax.jit(gguf.dequantize, static_argnums=1)
 
@@ -355,8 +404,9 @@ _dequantize = jax.jit(gguf.dequantize, static_argnums=1)
 class _Builder:
     """Turns a file's tensors into layers, in the form asked for."""
 
-    def __init__(self, config, weights, progress):
+    def __init__(self, config, weights, precision, progress):
         self.config, self.weights, self.progress = config, weights, progress
+        self.precision = precision
 
     def norms(self, vectors: Sequence[Vector]) -> list[RMSNorm]:
         C, eps = self.config.hidden_size, self.config.rms_norm_eps
@@ -367,11 +417,19 @@ class _Builder:
         tensors = [matrix.weight for matrix in matrices]
         biases = [m.bias if m.bias is None else self._array(m.bias) for m in matrices]
         form = self.weights
-        if form == "codes" and any(tensor.encoding.is_plain for tensor in tensors):
+        if form in ("codes", "packed") and any(
+            tensor.encoding.is_plain for tensor in tensors
+        ):
             form = "float32"  # plain numbers have no codes
         blocks = [(jnp.asarray(tensor.blocks), tensor.encoding) for tensor in tensors]
         self.progress(sum(tensor.raw.nbytes for tensor in tensors))
         match form:
+            case "packed":
+                packed = [_pack(*b) for b in blocks]
+                return [
+                    PackedLinear([w], b, precision=self.precision)
+                    for w, b in zip(packed, biases, strict=True)
+                ]
             case "blocks":
                 return [
                     GGUFLinear(*b, bias) for b, bias in zip(blocks, biases, strict=True)

@@ -6,11 +6,19 @@ import pathlib
 import re
 from collections.abc import Callable
 
+from jax.typing import DTypeLike
+
 from .._core.errors import choices
 from ..io.fields import Fields, errors_of
 from ..io.gguf import GGUFFile
+from ..kernels.cpu.packed_linear import Precision
 from .decoder import Decoder, DecoderConfig
-from .families import ARCHITECTURES, Weights, config_from_gguf, decoder_from_gguf
+from .families import (
+    ARCHITECTURES,
+    Weights,
+    config_from_gguf,
+    decoder_from_gguf,
+)
 from .hub import MODELS, fetch
 from .tokenizer import Tokenizer
 
@@ -46,7 +54,9 @@ def _check_vocabulary(config: DecoderConfig, tokenizer: Tokenizer) -> None:
 def load(
     model: str | os.PathLike[str],
     *,
-    weights: Weights = "codes",
+    weights: Weights | None = None,
+    precision: Precision = "float32",
+    kv_dtype: DTypeLike | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> LanguageModel:
     """Loads a published model by name, or a GGUF file by path.
@@ -54,7 +64,12 @@ def load(
     Args:
         model: A name in `raptax.models.MODELS`, fetched once into the user's cache, or
             the path of a GGUF file.
-        weights: How weights lie in memory; see `Weights`.
+        weights: How weights lie in memory; see `Weights`. By default packed where the
+            C++ kernels are there to read them, else codes.
+        precision: What inputs of packed weights are rounded to before products,
+            ``"float32"`` (not at all) or ``"int8"``; see `kernels.cpu.packed_linear`.
+        kv_dtype: Of the keys and values that generation keeps. float32 by default;
+            float16 where ``precision`` is int8, whose rounding is larger.
         progress: Called with (bytes read, bytes in all) as tensors are read.
 
     Raises:
@@ -76,7 +91,10 @@ def load(
         title = Fields(file.fields, "general.").text("name", pathlib.Path(name).stem)
         tokenizer = Tokenizer.from_gguf(file.fields)
         _check_vocabulary(config, tokenizer)
-    return LanguageModel(title, decoder_from_gguf(file, weights, report), tokenizer)
+    decoder = decoder_from_gguf(
+        file, weights, report, precision=precision, kv_dtype=kv_dtype
+    )
+    return LanguageModel(title, decoder, tokenizer)
 
 
 def _existing(name: str) -> str:

@@ -225,43 +225,55 @@ def _q8_0(blocks):
 # 16 bytes of group scale s (low nibble) and minimum m (high), 64 bytes of two-bit codes,
 # float16 d, float16 dmin:  (d * s) * code - dmin * m
 def _q2_k(blocks):
-    pairs, codes, d, dmin = _cut(blocks, 16, 64, 2, 2)
-    scale = _float32(d) * (pairs & 15).astype(jnp.float32)
-    offset = -(_float32(dmin) * (pairs >> 4).astype(jnp.float32))
-    return _fields(codes, 2, run=32), scale, offset
+    _, codes, _, _ = _cut(blocks, 16, 64, 2, 2)
+    return _fields(codes, 2, run=32), *_scale_and_offset(*_q2_k_levels(blocks))
+
+
+def _q2_k_levels(blocks):
+    pairs, _, d, dmin = _cut(blocks, 16, 64, 2, 2)
+    return _float16(d), (pairs & 15).astype(jnp.int8), _float16(dmin), pairs >> 4
 
 
 # 256 third bits, 64 bytes of two-bit codes, 12 bytes of 16 six-bit group scales s (8 of
 # low nibbles, then 4 of top two bits), float16 d:  (d * (s - 32)) * (three bits - 4)
 def _q3_k(blocks):
-    third, codes, low, top, d = _cut(blocks, 32, 64, 8, 4, 2)
+    third, codes, *_ = _cut(blocks, 32, 64, 8, 4, 2)
+    threes = _fields(codes, 2, run=32) + (_fields(third, 1, run=32) << 2)
+    return threes - 4, *_scale_and_offset(*_q3_k_levels(blocks))
+
+
+def _q3_k_levels(blocks):
+    _, _, low, top, d = _cut(blocks, 32, 64, 8, 4, 2)
     s = _fields(low, 4, run=8) | _fields(top, 2, run=4) << 4
-    scale = _float32(d) * (s - 32).astype(jnp.float32)
-    return _fields(codes, 2, run=32) + (_fields(third, 1, run=32) << 2) - 4, scale, None
+    return _float16(d), s - 32, None, None
 
 
 # float16 d, float16 dmin, 12 bytes of eight six-bit group scales s and minima m (see
-# _sixes), 128 bytes of nibbles:  (d * s) * nibble - dmin * m
+# _sixes_levels), 128 bytes of nibbles:  (d * s) * nibble - dmin * m
 def _q4_k(blocks):
-    d, dmin, sixes, nibbles = _cut(blocks, 2, 2, 12, 128)
-    return _fields(nibbles, 4, run=32), *_scale_and_offset(d, dmin, sixes)
+    *_, nibbles = _cut(blocks, 2, 2, 12, 128)
+    return _fields(nibbles, 4, run=32), *_scale_and_offset(*_sixes_levels(blocks))
 
 
 # float16 d, float16 dmin, 12 bytes of scales and minima as in Q4_K, 256 fifth bits, 128
 # bytes of nibbles:  (d * s) * five bits - dmin * m
 def _q5_k(blocks):
-    d, dmin, sixes, fifth, nibbles = _cut(blocks, 2, 2, 12, 32, 128)
+    *_, fifth, nibbles = _cut(blocks, 2, 2, 12, 32, 128)
     fives = _fields(nibbles, 4, run=32) | _fields(fifth, 1, run=32) << 4
-    return fives, *_scale_and_offset(d, dmin, sixes)
+    return fives, *_scale_and_offset(*_sixes_levels(blocks))
 
 
 # 128 bytes of nibbles, 64 bytes of top two bits, int8 group scale s[16], float16 d:
 # (d * s) * (six bits - 32)
 def _q6_k(blocks):
-    nibbles, top, s, d = _cut(blocks, 128, 64, 16, 2)
+    nibbles, top, *_ = _cut(blocks, 128, 64, 16, 2)
     sixes = _fields(nibbles, 4, run=64) | _fields(top, 2, run=32) << 4
-    s = jax.lax.bitcast_convert_type(s, jnp.int8).astype(jnp.float32)
-    return sixes - 32, _float32(d) * s, None
+    return sixes - 32, *_scale_and_offset(*_q6_k_levels(blocks))
+
+
+def _q6_k_levels(blocks):
+    _, _, s, d = _cut(blocks, 128, 64, 16, 2)
+    return _float16(d), jax.lax.bitcast_convert_type(s, jnp.int8), None, None
 
 
 _UNPACK = {
@@ -300,23 +312,34 @@ def _float16(pair):
     return jax.lax.bitcast_convert_type(pair, jnp.float16)[..., None]
 
 
-def _float32(pair):
-    return _float16(pair).astype(jnp.float32)
-
-
-def _sixes(packed):
-    """Q4_K's and Q5_K's 12 bytes as eight scales and eight minima of six bits.
+def _sixes_levels(blocks):
+    """Q4_K's and Q5_K's first 16 bytes: d, eight scales, dmin, eight minima of six bits.
 
     Bytes 0-3 hold scales 0-3 and bytes 4-7 minima 0-3 in their low six bits. Bytes
     8-11 hold the low nibbles of scales 4-7 (low) and minima 4-7 (high), whose top two
     bits are what bytes 0-3 and 4-7 had left.
     """
-    s, m, rest = _cut(packed, 4, 4, 4)
+    d, dmin, s, m, rest = _cut(blocks[..., :16], 2, 2, 4, 4, 4)
     scales = jnp.concatenate([s & 63, rest & 15 | s >> 6 << 4], axis=-1)
     minima = jnp.concatenate([m & 63, rest >> 4 | m >> 6 << 4], axis=-1)
-    return scales.astype(jnp.float32), minima.astype(jnp.float32)
+    return _float16(d), scales.astype(jnp.int8), _float16(dmin), minima
 
 
-def _scale_and_offset(d, dmin, sixes):
-    scales, minima = _sixes(sixes)
-    return _float32(d) * scales, -(_float32(dmin) * minima)
+def _scale_and_offset(d, factors, dmin, minima):
+    """Both levels multiplied out: ``d * factors`` and ``-(dmin * minima)``."""
+    scale = d.astype(jnp.float32) * factors.astype(jnp.float32)
+    if dmin is None:
+        return scale, None
+    return scale, -(dmin.astype(jnp.float32) * minima.astype(jnp.float32))
+
+
+# Encodings with two levels of scales: a function of (rows, blocks, bytes) that returns
+# float16 d (rows, blocks, 1), integer factors (rows, blocks, groups), and dmin and its
+# factors likewise, or None twice.
+TWO_LEVELS = {
+    Encoding.Q2_K: _q2_k_levels,
+    Encoding.Q3_K: _q3_k_levels,
+    Encoding.Q4_K: _sixes_levels,
+    Encoding.Q5_K: _sixes_levels,
+    Encoding.Q6_K: _q6_k_levels,
+}

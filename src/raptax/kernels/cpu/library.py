@@ -20,6 +20,7 @@ HANDLERS = (
     "raptax_forward",
     "raptax_backward",
     "raptax_paged",
+    "raptax_packed_linear",
 )
 
 
