@@ -6,7 +6,8 @@ import pytest
 # RAPTAX_ISA forces one.
 INSTRUCTION_SETS = ("generic", "avx2", "avx512", "avx512bf16", "amx")
 
-# In quick tests the generic one alone: all others run with the best that there is.
+# In quick tests the generic one alone, if any: all others run with the best that there
+# is.
 GENERIC_FIRST = (
     "generic",
     *(pytest.param(name, marks=pytest.mark.slow) for name in INSTRUCTION_SETS[1:]),

@@ -201,7 +201,7 @@ def test_a_block_mask_is_decided_for_what_is_captured_now():
         assert (mask.kinds[0, 0, 0] > 0).tolist() == [least == 0, True]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(st.lists(st.tuples(st.floats(-2, 2), st.integers(0, 9)), min_size=2, max_size=4))
 def test_closures_that_are_changed_between_calls(states):
     """One function object, whose number, array and window change from call to call."""

@@ -170,6 +170,7 @@ def test_layers_are_restored_into_abstract_ones(name, checkpointer, tmp_path):
 MESHED = {name: LAYERS[name] for name in ("stacked", "learned rope", "float8", "codes")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MESHED)
 def test_layers_move_to_another_mesh(name, checkpointer, tmp_path):
     """From 2 devices that share heads to 2 replicas of 2, array by array."""

@@ -125,6 +125,7 @@ def test_maxtexts_attention(name):
     np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-13)
 
 
+@pytest.mark.slow
 def test_maxtexts_latent_attention():
     layer = MLA(
         **SIZES | dict(num_kv_heads=H),

@@ -119,6 +119,7 @@ def test_sinks_are_learned(dtype):
     assert jnp.abs(expected).min() > 0
 
 
+@pytest.mark.slow
 def test_sinks_travel_with_their_heads():
     layer = build(use_sinks=True)
     layer.sinks[...] = jnp.asarray([-1.0, 0.5, 2.0, 3.0])
@@ -164,6 +165,7 @@ def cache():
     return made.with_tables([[0, 2, 4], [7, 5, 3]], [0, 0])
 
 
+@pytest.mark.slow
 def test_numpys_positions_and_offsets():
     layer = build()
     rows = X.reshape(B * T, C)

@@ -142,6 +142,7 @@ def test_own_positions_move_the_rope_alone():
     assert jnp.abs(stretched - y).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_gradients_are_finite_and_reach_every_weight():
     layer, x = build(has_bias=True, use_qk_norm=True), batch()
     gradients = nnx.grad(lambda layer: (layer(x)[0] ** 2).sum())(layer)
@@ -153,6 +154,7 @@ def test_gradients_are_finite_and_reach_every_weight():
             assert (leaf != 0).any(), path
 
 
+@pytest.mark.slow
 def test_max_ragged_prefill_mixed_step_and_decode():
     """Numbers computed by MAX 26.1; see tests/data/README.md."""
     params = KVCacheParams(dtype=jnp.float32, n_kv_heads=2, head_dim=64)

@@ -341,6 +341,7 @@ def test_gathered_again(base):
         np.testing.assert_array_equal(ours[name], value)
 
 
+@pytest.mark.slow
 def test_gradients_and_rules_without_a_cache(base):
     """ALiBi asks for a head's number: the one that it has in the whole layer."""
     x = inputs(10).reshape(2, 5, 16)

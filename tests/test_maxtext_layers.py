@@ -100,6 +100,7 @@ def test_moba_is_the_papers_choice():
         assert set(np.flatnonzero(chosen[b, h, t])) == best
 
 
+@pytest.mark.slow
 def test_padding_sees_padding_and_empty_slots_see_no_token():
     layer = build()
     ids = jnp.array([[1] * 5 + [0] * 3, [1] * 5 + [-1] * 3], jnp.int32)

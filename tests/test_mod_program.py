@@ -25,7 +25,7 @@ from raptax.kernels.cpu import library as native
 from raptax.mod_compiler import compile as mod_program
 from raptax.mod_compiler import ir as mod_code
 from raptax.mod_compiler.compile import ModProgram
-from tests.instruction_sets import GENERIC_FIRST, REFUSED
+from tests.instruction_sets import INSTRUCTION_SETS, REFUSED
 
 pytestmark = pytest.mark.skipif(
     not native.available(), reason="the native library was not built"
@@ -178,7 +178,8 @@ def test_instructions_have_the_numbers_that_c_plus_plus_gives_them():
     assert [name for name, _ in listed] == list(mod_code.OPERANDS)
 
 
-@pytest.mark.parametrize("isa", GENERIC_FIRST)
+@pytest.mark.slow
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
 def test_on_instruction_set(isa):
     ran = subprocess.run(
         [sys.executable, __file__],

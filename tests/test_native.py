@@ -29,7 +29,7 @@ from raptax.kernels.cpu.forward import (
     native_unsupported_reason,
     split_band,
 )
-from tests.instruction_sets import GENERIC_FIRST, INSTRUCTION_SETS
+from tests.instruction_sets import INSTRUCTION_SETS
 from tests.problems import PROBLEMS, Problem
 
 pytestmark = pytest.mark.skipif(
@@ -97,7 +97,8 @@ def check(found: dict[str, np.ndarray], names: tuple[str, ...]) -> None:
                 )
 
 
-@pytest.mark.parametrize("isa", GENERIC_FIRST)
+@pytest.mark.slow
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
 def test_every_instruction_set(isa, tmp_path):
     check(compute(isa, QUICK, tmp_path / "out.npz"), QUICK)
 

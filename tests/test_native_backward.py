@@ -20,7 +20,7 @@ import pytest
 from raptax import ALiBi, Causal, SlidingWindow, alibi_slopes, attention
 from raptax.kernels.cpu import library as native
 from raptax.kernels.cpu.forward import native_attention
-from tests.instruction_sets import GENERIC_FIRST
+from tests.instruction_sets import INSTRUCTION_SETS
 from tests.problems import PROBLEMS, Problem
 from tests.test_kernels import expected, run
 
@@ -65,7 +65,8 @@ def write_cases(to: str) -> None:
     np.savez(to, **found)
 
 
-@pytest.mark.parametrize("isa", GENERIC_FIRST)
+@pytest.mark.slow
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
 def test_every_instruction_set(isa, tmp_path):
     found = in_another_process("write_cases", tmp_path / "found.npz", RAPTAX_ISA=isa)
     for name, dtype in CASES:

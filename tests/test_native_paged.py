@@ -30,7 +30,7 @@ from raptax.kernels.cpu import library as native
 from raptax.kernels.paged import attention as paged
 from raptax.mods import FunctionMod
 from raptax.quant.rows import is_code, quantize
-from tests.instruction_sets import GENERIC_FIRST, REFUSED
+from tests.instruction_sets import INSTRUCTION_SETS, REFUSED
 
 pytestmark = pytest.mark.skipif(
     not native.available(), reason=f"no native kernels: {native.missing_reason()}"
@@ -589,7 +589,8 @@ print("agrees")
 """
 
 
-@pytest.mark.parametrize("isa", GENERIC_FIRST)
+@pytest.mark.slow
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
 def test_every_instruction_set(isa):
     environment = os.environ | {"RAPTAX_ISA": isa, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(

@@ -17,7 +17,7 @@ from raptax.nn.packed_linear import PackedLinear
 from raptax.quant import gguf
 from raptax.quant.gguf import Encoding
 from raptax.quant.packed import pack, stacked
-from tests.instruction_sets import GENERIC_FIRST
+from tests.instruction_sets import INSTRUCTION_SETS
 from tests.test_gguf import BLOCKED, each_blocked, some_blocks
 
 C = 512  # two blocks of the largest kind
@@ -269,7 +269,8 @@ def test_a_layer_survives_splitting_and_abstract_copies():
 
 
 @pytest.mark.skipif(not library.available(), reason="the native library was not built")
-@pytest.mark.parametrize("isa", GENERIC_FIRST)
+@pytest.mark.slow
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
 def test_every_instruction_set(isa):
     ran = subprocess.run(
         [sys.executable, __file__],

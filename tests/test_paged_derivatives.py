@@ -233,6 +233,7 @@ def test_vmap_of_gradients(kernel):
     np.testing.assert_allclose(found[0], wanted["sinks"], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @NATIVE_FIRST
 def test_codes_are_constants(kernel):
     """Rounding has no derivative; the query and the scale have theirs."""

@@ -153,6 +153,7 @@ def test_every_option_is_as_on_one_device(name, kernel, kind):
         np.testing.assert_allclose(a, e, rtol=1e-5, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_sizes_are_those_of_the_whole_sequence(unchecked):
     mesh = jax.make_mesh((2,), ("s",), axis_types=(AxisType.Auto,))
 
