@@ -6,7 +6,7 @@ PYTEST = $(VENV)/bin/pytest
 NATIVE = CMakeLists.txt $(wildcard csrc/*/*.*)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types quick slow bench format native native-test
+.PHONY: help demo test lint types quick slow bench format native native-test wheel wheel-test
 
 help:
 	@echo "make demo     install raptax and let a small model write"
@@ -17,6 +17,7 @@ help:
 	@echo "make format   rewrite the code in the project's format"
 	@echo "make native   rebuild the C++ kernels, warnings are errors"
 	@echo "make native-test  fuzz them under sanitizers"
+	@echo "make wheel    one wheel for every Python, in dist/"
 
 demo: $(VENV)/lm.stamp
 	$(VENV)/bin/raptax fetch smollm2
@@ -35,8 +36,10 @@ lint: $(VENV)/dev.stamp
 types: $(VENV)/dev.stamp
 	$(VENV)/bin/mypy
 
+# Most of the time goes into compiling programs that run once, so XLA optimises less, and
+# the tests of a file share what they compile.
 quick: $(VENV)/dev.stamp
-	$(PYTEST) -n $(WORKERS)
+	XLA_FLAGS=--xla_backend_optimization_level=0 $(PYTEST) -n $(WORKERS) --dist loadfile
 
 slow: $(VENV)/dev.stamp
 	$(PYTEST) -m slow -n $(WORKERS)
@@ -67,6 +70,17 @@ native-test: $(VENV)/dev.stamp
 		--target paged_fuzz packed_fuzz attention_fuzz work_queue_test
 	build/tests/work_queue_test
 	$(FUZZ) true
+
+wheel: $(VENV)/bin/python
+	rm -rf dist
+	RAPTAX_REQUIRE_NATIVE=1 $(VENV)/bin/pip wheel --quiet --no-deps --wheel-dir dist .
+
+# The wheel in an environment of its own, of PYTHON, where nothing is compiled.
+wheel-test:
+	rm -rf build/wheel-venv
+	$(PYTHON) -m venv build/wheel-venv
+	CC=none CXX=none build/wheel-venv/bin/pip install --quiet --only-binary :all: dist/*.whl
+	build/wheel-venv/bin/python tools/check_wheel.py
 
 # Set up once, and again when what is installed or compiled changes.
 $(VENV)/lm.stamp: pyproject.toml $(NATIVE) | $(VENV)/bin/python

@@ -61,6 +61,7 @@ from .nn.linear import CodesLinear as CodesLinear
 from .nn.linear import GGUFLinear as GGUFLinear
 from .nn.linear import Linear as Linear
 from .nn.norm import RMSNorm as RMSNorm
+from .nn.packed_linear import PackedLinear as PackedLinear
 from .nn.quantized_linear import Float8Linear as Float8Linear
 from .nn.quantized_linear import GPTQLinear as GPTQLinear
 from .nn.sharding.distributed import DistributedAttention as DistributedAttention
