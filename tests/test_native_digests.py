@@ -7,12 +7,13 @@ build that the other tests accept:
 
     python -m tests.test_native_digests --write
 
-Bits follow from the instruction set, the compiler (which decides where a * b + c is one
-rounding) and the C library (logf, for the log-sum-exp), so the file names the last two
-and other builds are skipped. Instruction sets that the machine lacks keep what is stored.
-Left out, as they depend on more: mods that call sin, cos, pow, erf and the like of the C
-library, whose variants follow the processor; gradients of a mod's own arrays, which are
-XLA's; the payload of NaN. The number of threads changes nothing.
+Bits follow from the instruction set, the vendor of the CPU (AVX-512 estimates reciprocals
+to 14 bits, and the others are the vendor's own), the compiler (which decides where a * b
++ c is one rounding) and the C library (logf, for the log-sum-exp), so the file names the
+last three, and others are skipped. Instruction sets that the machine lacks keep what is
+stored. Left out, as they depend on more: mods that call sin, cos, pow, erf and the like
+of the C library, whose variants follow the processor; gradients of a mod's own arrays,
+which are XLA's; the payload of NaN. The number of threads changes nothing.
 """
 
 import argparse
@@ -228,7 +229,16 @@ def build() -> dict[str, str]:
         "machine": platform.machine(),
         "compiler": made_by[0].decode() if made_by else "unknown",
         "C library": " ".join(platform.libc_ver()),
+        "vendor": vendor(),
     }
+
+
+def vendor() -> str:
+    """Of the CPU, as Linux names it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = (line.partition(":")[2] for line in lines if line.startswith("vendor_id"))
+    return next(names, "unknown").strip()
 
 
 @functools.cache
