@@ -4,10 +4,7 @@ Run as a program, this checks the mods of `MODS` on the set that RAPTAX_ISA name
 """
 
 import dataclasses
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +22,7 @@ from raptax.kernels.cpu import library as native
 from raptax.mod_compiler import compile as mod_program
 from raptax.mod_compiler import ir as mod_code
 from raptax.mod_compiler.compile import ModProgram
-from tests.instruction_sets import INSTRUCTION_SETS, REFUSED
+from tests.instruction_sets import INSTRUCTION_SETS, REFUSED, run_file
 
 pytestmark = pytest.mark.skipif(
     not native.available(), reason="the native library was not built"
@@ -181,16 +178,7 @@ def test_instructions_have_the_numbers_that_c_plus_plus_gives_them():
 @pytest.mark.slow
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS)
 def test_on_instruction_set(isa):
-    ran = subprocess.run(
-        [sys.executable, __file__],
-        env={**os.environ, "RAPTAX_ISA": isa, "PYTHONPATH": "."},
-        cwd=Path(__file__).parents[1],
-        capture_output=True,
-        text=True,
-    )
-    if "names no set that runs here" in ran.stderr:
-        pytest.skip(f"this machine has no {isa}")
-    assert ran.returncode == 0, ran.stderr
+    run_file(__file__, isa)
 
 
 # --------------------------------------------------------------------- plain functions
