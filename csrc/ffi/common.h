@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <utility>
 
+#include "api/attention_params.h"
 #include "runtime/thread_pool.h"
 #include "runtime/work_queue.h"
 #include "xla/ffi/api/ffi.h"
@@ -25,6 +26,16 @@ namespace ffi = xla::ffi;
   XLA_FFI_DEFINE_HANDLER_SYMBOL(name, __VA_ARGS__)
 
 namespace raptax {
+
+// The type of arrays that kernels take; false if they do not.
+inline bool type_of(ffi::DataType dtype, Type* type) {
+  switch (dtype) {
+    case ffi::DataType::F32: *type = Type::kF32; return true;
+    case ffi::DataType::BF16: *type = Type::kBF16; return true;
+    case ffi::DataType::F16: *type = Type::kF16; return true;
+    default: return false;
+  }
+}
 
 // The thread pool of XLA's CPU client.
 class XlaThreadPool final : public ThreadPool {

@@ -15,15 +15,6 @@ ffi::Error invalid_argument(const std::string& sentence) {
   return ffi::Error::InvalidArgument("packed_linear: " + sentence);
 }
 
-bool type_of(ffi::DataType dtype, Type* type) {
-  switch (dtype) {
-    case ffi::DataType::F32: *type = Type::kF32; return true;
-    case ffi::DataType::BF16: *type = Type::kBF16; return true;
-    case ffi::DataType::F16: *type = Type::kF16; return true;
-    default: return false;
-  }
-}
-
 // Reads the arrays of weights, each a stack along the first axis, of which one is taken.
 class Stacks {
  public:

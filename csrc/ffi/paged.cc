@@ -12,15 +12,6 @@ ffi::Error invalid_argument(const std::string& sentence) {
   return ffi::Error::InvalidArgument("paged attention: " + sentence);
 }
 
-bool type_of(ffi::DataType dtype, Type* type) {
-  switch (dtype) {
-    case ffi::DataType::F32: *type = Type::kF32; return true;
-    case ffi::DataType::BF16: *type = Type::kBF16; return true;
-    case ffi::DataType::F16: *type = Type::kF16; return true;
-    default: return false;
-  }
-}
-
 bool stored_of(ffi::DataType dtype, PageType* stored) {
   switch (dtype) {
     case ffi::DataType::F32: *stored = PageType::kF32; return true;
