@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
+from .interpret import bind, interpret
+
 # Operations that change the type of an array in a shard_map, and none of its numbers.
 VARY = ("pvary", "pcast")
 
@@ -51,20 +53,7 @@ def eval_jaxpr(
     """
     if not jax.sharding.get_abstract_mesh().manual_axes:
         return list(jax.core.eval_jaxpr(jaxpr, consts, *args))
-    values: dict[Any, Any] = dict(
-        zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True)
-    )
-
-    def read(atom: Any) -> Any:
-        if isinstance(atom, core.Literal):
-            aval: Any = atom.aval
-            return jnp.asarray(atom.val, aval.dtype)
-        return values[atom]
-
-    for eqn in jaxpr.eqns:
-        outs = _step(eqn, [read(atom) for atom in eqn.invars])
-        values.update(zip(eqn.outvars, outs, strict=True))
-    return [read(atom) for atom in jaxpr.outvars]
+    return interpret(jaxpr, [*consts, *args], _step)
 
 
 def _step(eqn: Any, ins: list[Any]) -> list[Any]:
@@ -76,9 +65,3 @@ def _step(eqn: Any, ins: list[Any]) -> list[Any]:
     if any(True for _ in core.jaxprs_in_params(eqn.params)):
         return bind(eqn, ins)
     return bind(eqn, same_manual_axes(ins))
-
-
-def bind(eqn: Any, ins: Sequence[Any]) -> list[Any]:
-    """The results of one equation of a jaxpr for these operands."""
-    outs = eqn.primitive.bind(*ins, **eqn.primitive.get_bind_params(eqn.params))
-    return list(outs) if eqn.primitive.multiple_results else [outs]

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
 
-from .._core.manual_axes import bind
+from .._core.interpret import bind, interpret
 
 # Operations that move values about. A conversion before one or after it is the same.
 MOVES = {"gather", "slice", "dynamic_slice", "concatenate", "pad", "rev", "select_n"}
@@ -46,25 +46,8 @@ def eval_wide(jaxpr: core.Jaxpr, args: Sequence[Any]) -> list[Any]:
     avals: list[Any] = [v.aval for v in jaxpr.invars]
     if all(x.dtype == aval.dtype for x, aval in zip(args, avals, strict=True)):
         return list(jax.core.eval_jaxpr(jaxpr, (), *args))
-    outs = _eval(jaxpr, args)
+    outs = interpret(jaxpr, args, _step)
     return [_narrowed(x, v.aval) for x, v in zip(outs, jaxpr.outvars, strict=True)]
-
-
-def _eval(jaxpr: Any, args: Sequence[Any]) -> list[Any]:
-    values: dict[Any, Any] = dict(
-        zip([*jaxpr.constvars, *jaxpr.invars], args, strict=True)
-    )
-
-    def read(atom: Any) -> Any:
-        if isinstance(atom, core.Literal):
-            aval: Any = atom.aval
-            return jnp.asarray(atom.val, aval.dtype)
-        return values[atom]
-
-    for eqn in jaxpr.eqns:
-        outs = _step(eqn, [read(atom) for atom in eqn.invars])
-        values.update(zip(eqn.outvars, outs, strict=True))
-    return [read(atom) for atom in jaxpr.outvars]
 
 
 def _step(eqn: Any, ins: list[Any]) -> list[Any]:
@@ -74,7 +57,7 @@ def _step(eqn: Any, ins: list[Any]) -> list[Any]:
         return bind(eqn, ins)
     inner = eqn.params.get("jaxpr")
     if name in ("jit", "pjit") and inner is not None:
-        return _eval(inner.jaxpr, [*inner.consts, *ins])
+        return interpret(inner.jaxpr, [*inner.consts, *ins], _step)
     if name == "convert_element_type":
         return [_converted(eqn, *ins)]
     if name in MOVES | ARITHMETIC:

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from .._core.manual_axes import VARY, bind, same_manual_axes
+from .._core.interpret import bind
+from .._core.manual_axes import VARY, same_manual_axes
 from .ir import ANY, YES_OR_NO, Range
 from .lowering import ELEMENTWISE, NotLowerable, small
 
