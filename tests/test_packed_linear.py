@@ -1,10 +1,5 @@
 """Products with packed weights, in C++ and in plain JAX, against float64."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,8 +12,8 @@ from raptax.nn.packed_linear import PackedLinear
 from raptax.quant import gguf
 from raptax.quant.gguf import Encoding
 from raptax.quant.packed import pack, stacked
-from tests.instruction_sets import INSTRUCTION_SETS
-from tests.test_gguf import BLOCKED, each_blocked, some_blocks
+from tests.instruction_sets import INSTRUCTION_SETS, run_file
+from tests.test_gguf import BLOCKED, FLOAT16, each_blocked, some_blocks
 
 C = 512  # two blocks of the largest kind
 
@@ -27,24 +22,10 @@ def blocks_of(encoding, rows=21, seed=0, size=0.02):
     """Random codes whose scales are about ``size``, of both signs."""
     rng = np.random.default_rng(encoding.number + seed)
     blocks = some_blocks(encoding, rows, C // encoding.values)
-    for at in FLOATS[encoding]:
+    for at in FLOAT16[encoding]:
         scale = rng.normal(size=blocks.shape[:2]).astype(np.float16) * np.float16(size)
         blocks[..., at : at + 2] = scale[..., None].view(np.uint8)
     return jnp.asarray(blocks)
-
-
-FLOATS = {
-    Encoding.Q4_0: [0],
-    Encoding.Q4_1: [0, 2],
-    Encoding.Q5_0: [0],
-    Encoding.Q5_1: [0, 2],
-    Encoding.Q8_0: [0],
-    Encoding.Q2_K: [80, 82],
-    Encoding.Q3_K: [108],
-    Encoding.Q4_K: [0, 2],
-    Encoding.Q5_K: [0, 2],
-    Encoding.Q6_K: [208],
-}
 
 
 def rows_of(M, dtype="float32", seed=0):
@@ -255,6 +236,13 @@ def test_joined_projections_are_one_call_of_the_same_numbers():
     )
 
 
+def test_projections_of_two_precisions_are_not_joined():
+    packed = pack(blocks_of(Encoding.Q4_K), Encoding.Q4_K)
+    exact, rounded = PackedLinear([packed]), PackedLinear([packed], precision="int8")
+    with pytest.raises(ValueError, match="'float32', 'int8' cannot be joined"):
+        PackedLinear.joined([exact, rounded])
+
+
 def test_a_layer_survives_splitting_and_abstract_copies():
     layer = PackedLinear([pack(blocks_of(Encoding.Q5_0), Encoding.Q5_0)])
     graph, state = nnx.split(layer)
@@ -272,16 +260,7 @@ def test_a_layer_survives_splitting_and_abstract_copies():
 @pytest.mark.slow
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS)
 def test_every_instruction_set(isa):
-    ran = subprocess.run(
-        [sys.executable, __file__],
-        env={**os.environ, "RAPTAX_ISA": isa, "PYTHONPATH": "."},
-        cwd=Path(__file__).parents[1],
-        capture_output=True,
-        text=True,
-    )
-    if "names no instruction set of this machine" in ran.stderr:
-        pytest.skip(f"this machine has no {isa}")
-    assert ran.returncode == 0, ran.stderr
+    run_file(__file__, isa)
 
 
 if __name__ == "__main__":

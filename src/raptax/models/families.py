@@ -152,8 +152,12 @@ def decoder_from_gguf(
         ],
         norm=build.norms([plan.norm])[0],
         head=None if plan.head is None else build.projections([plan.head])[0],
-        kv_dtype=kv_dtype or (jnp.float16 if precision == "int8" else jnp.float32),
+        kv_dtype=_kv_dtype(precision) if kv_dtype is None else kv_dtype,
     )
+
+
+def _kv_dtype(precision: Precision) -> DTypeLike:
+    return jnp.float16 if precision == "int8" else jnp.float32
 
 
 def weights_for(weights: str | None, precision: str) -> Weights:

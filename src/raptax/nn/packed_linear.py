@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from .._core.errors import choices
 from ..kernels.cpu.packed_linear import Precision, packed_linear
 from ..quant.packed import Packed
 from .linear import along_last, held
@@ -51,7 +52,19 @@ class PackedLinear(nnx.Module):
 
     @classmethod
     def joined(cls, projections: Sequence["PackedLinear"]) -> "PackedLinear":
-        """Projections of one input as one. Their precision is that of the first."""
+        """Projections of one input as one.
+
+        Raises:
+            ValueError: They differ in precision, or read other weights of their stacks
+                than the first.
+        """
+        precisions = {p.precision for p in projections}
+        if len(precisions) > 1:
+            raise ValueError(
+                f"precisions {choices(sorted(precisions))} cannot be joined."
+            )
+        if any(int(p.number[...]) for p in projections):
+            raise ValueError("only first layers of stacks can be joined.")
         parts = [part for p in projections for part in p.weights]
         bias = None
         if any(p.bias is not None for p in projections):

@@ -257,9 +257,7 @@ class Operands(NamedTuple):
 
     start: Int[Array, " #B"]
     band: Int[Array, "2"]
-    factors: Float[
-        Array, " n"
-    ]  # of scores before the bias; the rate of dropout, if any
+    factors: Float[Array, " n"]  # the scale before the bias; dropout's rate, if any
     kinds: Int[Array, "#B #H QT KT"] | None
     mask: Bool[Array, "#B #H #T #S"] | None
     bias: Float[Array, "#B #H #T #S"] | None

@@ -33,11 +33,11 @@ def packed_linear(
 ) -> Float[Array, "*rows O"]:
     """``x @ W.T`` for each of some weights, their outputs one after another.
 
-    Sums are float32, rounded to the dtype of ``x`` at the end. Gradients reach ``x``
-    alone, and are those of the product without rounding.
+    Sums are float32 (float64 for such ``x``), rounded to the dtype of ``x`` at the end.
+    Gradients reach ``x`` alone, and are those of the product without rounding.
 
     Args:
-        x: float32, bfloat16 or float16.
+        x: float32, bfloat16 or float16; other floats go through plain JAX.
         weights: Up to 8, with as many inputs as ``x`` has.
         index: Which weight of each stack.
         precision: ``"float32"`` multiplies ``x`` as it is. ``"int8"`` rounds it first:
